@@ -1,0 +1,1 @@
+"""Training of segmentation models in PyTorch; installed as `cada_deploy.training`."""
