@@ -1,0 +1,75 @@
+"""The contract of an engine: a batch in, the network's scores out.
+
+Each engine is one file with NAME (its name on the command line), `version()` and
+`open(model, device, threads) -> Engine`. A device that was asked for and cannot be had is an
+EnvironmentLacks error, never a quiet fall to the CPU. Engines are found by listing this folder.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
+from cada_deploy.model_files import Model
+from cada_deploy.scores import Scores
+
+# Names that the command line promises and that this version cannot run yet.
+_PLANNED = {
+    "trt": "TensorRT engines are not in this version of cada-deploy",
+    "torch": "running checkpoints directly is not in this version of cada-deploy",
+}
+
+
+class Engine(Protocol):
+    """An open model. infer may be called from several threads at once."""
+
+    name: str
+    version: str
+    device: str  # "cpu", "cuda:0"
+    classes: int
+
+    def infer(self, batch: npt.NDArray[Any]) -> Scores:
+        """(N, 3, H, W) or (N, H, W, 3), as the model's spec says -> scores (N, C, h, w).
+
+        On the CPU every row is run alone, so a row's scores cannot depend on its neighbours.
+        Raises ArtefactMismatch when the model gives another shape than it promised.
+        """
+        ...
+
+
+@cache
+def engines() -> dict[str, str]:
+    """Module by engine name. Read from the source text, so that listing imports no library."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem != "__init__":
+            found[_declared_name(path)] = path.stem
+    return found
+
+
+def _declared_name(path: Path) -> str:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NAME":
+            return str(ast.literal_eval(node.value))
+    raise AssertionError(f"{path.name} declares no NAME")
+
+
+def names() -> list[str]:
+    """Every name the command line takes, planned ones too."""
+    return sorted({*engines(), *_PLANNED})
+
+
+def open_engine(name: str, model: Model, device: str, threads: int = 1) -> Engine:
+    """Raises UsageError for an unknown name, EnvironmentLacks for one that cannot run here."""
+    if name in engines():
+        engine: Engine = import_module(f"{__name__}.{engines()[name]}").open(model, device, threads)
+        return engine
+    if name in _PLANNED:
+        raise EnvironmentLacks(f"--engine {name}: {_PLANNED[name]}; use --engine ort")
+    raise UsageError(f"no engine is called {name!r}; {nearest(name, names())}")

@@ -1,0 +1,1 @@
+"""JSON Schemas of every JSON file that a run writes; the tests hold the files to them."""

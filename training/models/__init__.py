@@ -1,0 +1,1 @@
+"""Segmentation networks: one file each."""
