@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ from cada_deploy.errors import CadaError, EnvironmentLacks, RunFailed, UsageErro
 # pixels, 3 GB). Set before the import; harmless if somebody imported cv2 first.
 _OPENCV_MAX_PIXELS = 1 << 28
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(_OPENCV_MAX_PIXELS))
+# A refused file is reported by us, once, with its name; OpenCV's log says neither. (The variable
+# works in every version; the function is cv2.setLogLevel in 4.x, cv2.utils.logging's in 5.)
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 try:
     import cv2
@@ -45,8 +48,6 @@ except ImportError as error:  # pragma: no cover
 # The project decodes one image per worker thread. OpenCV's own pool would put a second layer of
 # threads under each of them, and its size must not change what a run costs: one thread per call.
 cv2.setNumThreads(1)
-# A refused file is reported by us, once, with its name; OpenCV's log has neither.
-cast(Any, cv2).setLogLevel(0)  # missing from the stubs of OpenCV 5.0
 
 SUFFIXES = (b".png", b".jpg", b".jpeg", b".bmp", b".tif", b".tiff", b".webp")
 

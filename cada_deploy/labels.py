@@ -41,6 +41,11 @@ def encode_colour_png(labels: LabelMap, classes: ClassSet, level: int = 1) -> by
     return _png(bgr, level)
 
 
+def encode_rgb_png(image: npt.NDArray[np.uint8], level: int = 1) -> bytes:
+    """image (H, W, 3) uint8 RGB -> an RGB PNG."""
+    return _png(np.ascontiguousarray(image[..., ::-1]), level)
+
+
 def overlay(
     image: npt.NDArray[np.uint8], labels: LabelMap, classes: ClassSet, alpha: float = 0.5
 ) -> npt.NDArray[np.uint8]:

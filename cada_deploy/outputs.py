@@ -54,7 +54,7 @@ class LabelFiles:
         yield b"labels/" + name, labels.encode_label_png(ids)
         if self.overlay and image is not None:
             shown = labels.overlay(image, selection.labels, classes)
-            yield b"overlay/" + name, labels.encode_colour_png(shown)
+            yield b"overlay/" + name, labels.encode_rgb_png(shown)
         if selection.confidence is not None:
             yield b"confidence/" + name, labels.encode_confidence_png16(selection.confidence)
         if selection.entropy is not None:

@@ -282,8 +282,9 @@ def _striped(picture: Pixels, where: npt.NDArray[np.bool_]) -> Pixels:
 def data_uri(picture: Pixels) -> str:
     """(h, w, 3) uint8 as a JPEG inside the page."""
     stream = io.BytesIO()
-    # 4:4:4: half-resolution colour smears the edges of labels.
+    # 4:4:4: half-resolution colour smears the edges of labels. Not optimize=True: Pillow's buffer
+    # for it (one byte a pixel) is too small for a noisy picture, and saving fails.
     Image.fromarray(np.ascontiguousarray(picture)).save(
-        stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True
+        stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0
     )
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

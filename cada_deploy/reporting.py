@@ -63,7 +63,7 @@ def report_data(
         frames=tuple(_frames(outcome)),
         evaluation=evaluation,
         rejected=tuple(
-            contents.Rejected(_shown(relative), why.reason, why.detail)
+            contents.Rejected(os.fsdecode(relative), why.reason, why.detail)
             for relative, why in outcome.rejected
         ),
         notices=tuple(outcome.notices.items()),
@@ -156,7 +156,7 @@ def _frame(outcome: Outcome, source: Source) -> contents.Frame | None:
     )
     assert chosen.entropy is not None and everything.labels is not None
     return contents.Frame(
-        _shown(source.ref.relative), image, everything.labels, chosen.labels, chosen.entropy
+        os.fsdecode(source.ref.relative), image, everything.labels, chosen.labels, chosen.entropy
     )
 
 

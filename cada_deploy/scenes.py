@@ -84,11 +84,41 @@ class SceneSet:
 
 # Frozen before anything was trained on them; no street is in two sets. A change of a single byte of
 # any scene is a new set under a new name, never a new digest under an old one.
-SOURCE_TRAIN = SceneSet("scenes19-source-train-1", SOURCE, 0, 600, sha256="D0")
-SOURCE_VAL = SceneSet("scenes19-source-val-1", SOURCE, 10_000, 48, sha256="D1")
-TARGET_TRAIN = SceneSet("scenes19-target-train-1", TARGET, 20_000, 400, sha256="D2")
-TARGET_DEV = SceneSet("scenes19-target-dev-1", TARGET, 30_000, 48, sha256="D3")
-TARGET_DEMO = SceneSet("scenes19-target-demo-1", TARGET, 40_000, 48, sha256="D4")
+SOURCE_TRAIN = SceneSet(
+    "scenes19-source-train-1",
+    SOURCE,
+    0,
+    600,
+    sha256="98909749164c786129c34a73b6d835461301f58118e56d33acd1049219d0df38",
+)
+SOURCE_VAL = SceneSet(
+    "scenes19-source-val-1",
+    SOURCE,
+    10_000,
+    48,
+    sha256="1714100fc8311cbce532e13e5373f3491378a1bbf126066ee15e575c716e3710",
+)
+TARGET_TRAIN = SceneSet(
+    "scenes19-target-train-1",
+    TARGET,
+    20_000,
+    400,
+    sha256="aafef86d696e81cadff7a6fbf768844bad71f6cbe9c2a380aa18e67614bc9bd2",
+)
+TARGET_DEV = SceneSet(
+    "scenes19-target-dev-1",
+    TARGET,
+    30_000,
+    48,
+    sha256="87aaa88d5caad4a100df568c7fde0c21ea249d3f74f912a2ca622f7443017453",
+)
+TARGET_DEMO = SceneSet(
+    "scenes19-target-demo-1",
+    TARGET,
+    40_000,
+    48,
+    sha256="fbdc539b5be31530be3494d1f734b7bfc99645c31d4cdef03d6756a67e1406e7",
+)
 
 
 def frames(scene_set: SceneSet) -> Iterator[tuple[str, Bytes]]:
@@ -999,7 +1029,7 @@ def _truck_across(canvas: _Canvas, dice: _Dice, x: int, z: int) -> None:
 
 # name: (colours in daylight, colours at dusk or "" for the same, fine grain, coarse grain)
 _MATERIALS: dict[str, tuple[str, str, int, int]] = {
-    "sky": ("80acdc", "686476", 2, 26),
+    "sky": ("80acdc", "8294c0", 2, 22),
     "asphalt": ("606064 706e6e 52545a", "424650", 12, 7),
     "patch": ("46464a 7c7a78", "343840", 10, 6),
     "marking": ("deded8", "969696", 10, 18),
@@ -1007,8 +1037,8 @@ _MATERIALS: dict[str, tuple[str, str, int, int]] = {
     "joint": ("807a72", "5c5c5e", 8, 8),
     "rail": ("96989c", "", 6, 4),
     "shadow": ("2c2c30", "1e2026", 6, 4),
-    "pavement": ("b2a89c a4a09e bca696", "767880 80746c", 10, 7),
-    "grass": ("62923e 78964a", "5c603a 6a5c3c", 26, 26),
+    "pavement": ("b2a89c a4a09e bca696", "84847e 8c8078", 10, 7),
+    "grass": ("62923e 78964a", "5c763c 6a6a40", 26, 26),
     "earth": ("987c5a 887054", "685846", 22, 22),
     "facade": (
         "c4ac8c aa5c4c cec4b4 948a82 ba966c 787070 d6be96",
@@ -1023,7 +1053,7 @@ _MATERIALS: dict[str, tuple[str, str, int, int]] = {
     "wall": ("a8947e 96928c a06e5a", "706e72 685a56", 14, 8),
     "cap": ("c4beb6", "8a888a", 8, 6),
     "fence": ("46524a 806244 bebeba", "404246 685a4e", 8, 6),
-    "leaf": ("3a6c2c 508034 2c5c30 68883c", "3e4e34 5c5230 304032", 30, 20),
+    "leaf": ("3a6c2c 508034 2c5c30 68883c", "405c36 606838 325034", 30, 20),
     "trunk": ("624c3a 54463a", "3a3430", 14, 8),
     "pole": ("76787a 54585a 929494", "56585e 404248", 5, 4),
     "lamp": ("d6d6d0", "ffe2a0", 3, 2),
@@ -1106,8 +1136,8 @@ def _enlarged(knots: Signed, size: tuple[int, int], cell: int) -> Signed:
     fy = (y % cell).astype(np.int32)[:, None, None]
     fx = (x % cell).astype(np.int32)[None, :, None]
     wide = knots[:, x // cell] * (cell - fx) + knots[:, x // cell + 1] * fx
-    large: Signed = wide[y // cell] * (cell - fy) + wide[y // cell + 1] * fy
-    return large // (cell * cell)
+    large = wide[y // cell] * (cell - fy) + wide[y // cell + 1] * fy
+    return (large // (cell * cell)).astype(np.int32)
 
 
 def _softened(colours: Signed) -> Signed:
@@ -1153,15 +1183,15 @@ def _daylight(canvas: _Canvas, dice: _Dice) -> Bytes:
 def _rainy_dusk(canvas: _Canvas, dice: _Dice) -> Bytes:
     colours = _coloured(canvas, dice, dusk=True, grain_percent=80)
     glow = dice.between(0, 40)
-    colours = _sky_gradient(canvas, colours, (150 + glow, 126 + glow // 3, 122))
-    colours = _wet(canvas, _softened(colours), dice.between(40, 110))
-    fog = 118 + glow // 2, 112 + glow // 4, 120
-    colours = _hazed(canvas, colours, fog, dice.between(500, 1400))
+    colours = _sky_gradient(canvas, colours, (180 + glow, 164 + glow // 3, 168))
+    colours = _wet(canvas, colours, dice.between(30, 90))
+    fog = 140 + glow // 2, 138 + glow // 4, 148
+    colours = _hazed(canvas, colours, fog, dice.between(900, 2400))
     colours = _bloomed(canvas, colours)
     colours = _rained(canvas, colours, dice)
-    light = dice.between(82, 106)
+    light = dice.between(92, 118)
     gain = light + dice.between(-6, 8), light - 2, light + dice.between(0, 14)
-    return _exposed(_softened(colours), gain, dice, noise=22)
+    return _exposed(_softened(colours), gain, dice, noise=15)
 
 
 def _wet(canvas: _Canvas, colours: Signed, share: int) -> Signed:

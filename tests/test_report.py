@@ -121,10 +121,8 @@ def page(report: ReportData) -> Page:
     found = Page(html)
     names = {tag for tag, _ in found.tags}
     assert not names & {"script", "iframe", "object", "embed", "form", "base"}
-    assert not re.search(r"\bon\w+=", re.sub(r"<style>.*?</style>", "", html, flags=re.S)) or (
-        "onerror" in report.title
-    )
     for _, attributes in found.tags:
+        assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href", "srcset", "action", "poster"):
             url = attributes.get(name)
             assert url is None or url.startswith(("data:", "#")) or "://" not in url
@@ -211,7 +209,7 @@ def test_a_good_run_has_no_warning() -> None:
 )
 def test_a_class_that_fails_stands_out(changed: Any, headline: str, remedy: str) -> None:
     found = page(data(classes=with_row(11, **changed)))
-    panel = found.words[found.words.index("▲ Warnings") : found.words.index("Coverage by class ")]
+    panel = found.words[found.words.index("▲ Warnings") : found.words.index("Coverage by class")]
     assert headline in panel and remedy in panel and "person" in panel
     assert "car" not in panel.replace("classes", "").split()
     assert panel.count("What to do.") == 1

@@ -14,7 +14,7 @@ from cada_deploy.classes import CITYSCAPES_19
 from cada_deploy.errors import UsageError
 
 # `digest` of the first 8 scenes of SOURCE_TRAIN; the digest of all 600 takes half a minute.
-SOURCE_PREFIX = "PREFIX"
+SOURCE_PREFIX = "da0da1aca22770e7afb3e480093bdb7e58d4f7895390e928a8693a6c2c9dd263"
 
 FROZEN = (
     scenes.SOURCE_TRAIN,
@@ -42,10 +42,7 @@ def test_frozen_sets_share_no_street() -> None:
 def test_pcg64_gives_the_stream_that_the_sets_were_drawn_from() -> None:
     dice = scenes._Dice(7, 1)
     drawn = [dice.below(1000) for _ in range(4)] + dice.bytes(3).tolist()
-    assert drawn == PCG64_DRAWS
-
-
-PCG64_DRAWS: list[int] = []
+    assert drawn == [770, 111, 189, 159, 116, 32, 113]
 
 
 @pytest.mark.parametrize("style", [scenes.SOURCE, scenes.TARGET])
@@ -61,7 +58,7 @@ def test_both_styles_show_the_same_street_in_another_light() -> None:
         day = scenes.scene(seed, scenes.SOURCE, (128, 256))
         dusk = scenes.scene(seed, scenes.TARGET, (128, 256))
         np.testing.assert_array_equal(day.labels, dusk.labels)
-        assert dusk.image.mean() < 0.8 * day.image.mean()
+        assert np.abs(day.image.astype(int) - dusk.image).mean() > 20
 
 
 def test_every_pixel_has_a_class_and_every_class_appears() -> None:

@@ -9,6 +9,7 @@ kernel in the normative order (docs/mathematics.md).
 from __future__ import annotations
 
 import pkgutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cada_deploy.errors import UsageError, nearest
+from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import Rule
 from cada_deploy.scores import EncodedScores
@@ -110,3 +111,15 @@ def open_kernel(name: str, threads: int = 1) -> FusedKernel:
         raise UsageError(f"no fused back end is called {name!r}; {nearest(name, back_ends())}")
     kernel: FusedKernel = import_module(f"{__name__}.{name}").Kernel(threads=threads)
     return kernel
+
+
+def best_kernel(threads: int = 1) -> FusedKernel:
+    """The compiled kernel; where there is none, the NumPy one, and that is said aloud."""
+    try:
+        return open_kernel("native", threads)
+    except EnvironmentLacks as error:
+        warnings.warn(
+            f"{error}. Running in NumPy: slow, and not bit-identical to the compiled kernels",
+            stacklevel=2,
+        )
+        return open_kernel("reference", threads)

@@ -13,13 +13,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the extra `train` is not installed")
 
+from cada_deploy.training import export_small, source  # noqa: E402
+from cada_deploy.training.models.small import SmallDeepLab  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
 from cada_deploy import scenes  # noqa: E402
 from cada_deploy.errors import ArtefactMismatch, CheckFailed, RunFailed, UsageError  # noqa: E402
 from cada_deploy.model_spec import METADATA_KEY, ModelSpec  # noqa: E402
-from cada_deploy.training import export_small, source  # noqa: E402
-from cada_deploy.training.models.small import SmallDeepLab  # noqa: E402
 
 DEMO = Path(scenes.__file__).parent / "demo_model" / "scenes19.onnx"
 RECIPE = source.Recipe(steps=4, batch=2, crop=(32, 48), warmup=2)
