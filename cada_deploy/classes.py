@@ -145,7 +145,7 @@ CITYSCAPES_19 = BUILT_IN["cityscapes-19"]
 
 
 def anonymous(count: int) -> ClassSet:
-    """A set for a model whose class names nobody gave: class-0 .. class-(C-1), evenly spread hues."""
+    """For a model whose class names nobody gave: class-0 .. class-(C-1), evenly spread hues."""
     hues = [(int(v * 255) for v in _hue(k / count)) for k in range(count)]
     return ClassSet(
         name=f"unnamed-{count}",

@@ -36,7 +36,9 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in self.list_commands(ctx):
-            ctx.fail(f"no command is called {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}")
+            ctx.fail(
+                f"no command is called {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}"
+            )
         return super().resolve_command(ctx, args)
 
 

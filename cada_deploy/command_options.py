@@ -25,14 +25,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Options = dict[str, Any]
 
 
-class PathBytes(click.ParamType):
+class PathBytes(click.ParamType[Path]):
     """A path of any bytes; click's own Path type would refuse names that are not UTF-8."""
 
     name = "path"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Path:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         return value if isinstance(value, Path) else Path(os.fsdecode(value))
 
 
@@ -50,24 +48,31 @@ def _stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 model_options = _stacked(
-    click.option("--model", type=PATH, required=True, help="ONNX model that gives per-class scores."),
+    click.option("--model", type=PATH, required=True, help="ONNX model of per-class scores."),
     click.option(
         "--engine", type=click.Choice(engines.names()), default="ort", show_default=True,
         help="What runs the network.",
     ),
     click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N."),
-    click.option("--preset", type=click.Choice(sorted(PRESETS)), help="Preprocessing of a foreign model."),
-    click.option("--spec", "spec_file", type=PATH, help="TOML file that says how to feed a foreign model."),
+    click.option(
+        "--preset", type=click.Choice(sorted(PRESETS)), help="Preprocessing of a foreign model."
+    ),
+    click.option(
+        "--spec", "spec_file", type=PATH, help="TOML file: how to feed a foreign model."
+    ),
     click.option("--classes", help="Class set of the model, such as cityscapes-19."),
 )  # fmt: skip
 
 frame_options = _stacked(
-    click.option("--size", help="Network input HxW (default: the image's own, or the model's fixed size)."),
+    click.option("--size", help="Network input HxW (default: the image's own, or the model's)."),
     click.option(
         "--label-size", default="image", show_default=True,
         help="Size of the labels: image, model (the network's input) or HxW.",
     ),
-    click.option("--ignore-mask", type=PATH, help="PNG; nonzero pixels get no label and count in no statistic."),
+    click.option(
+        "--ignore-mask", type=PATH,
+        help="PNG; its nonzero pixels get no label and count in no statistic.",
+    ),
     click.option(
         "--ignore-rows", multiple=True, metavar="START:STOP",
         help="Image rows to leave out, such as 0:16 or -120: (repeatable).",
@@ -92,7 +97,10 @@ policy_options = _stacked(
         "--scope", type=click.Choice(SCOPES), default="dataset", show_default=True,
         help="Centroids of the whole set, or of each image alone.",
     ),
-    click.option("--threshold", type=float, help="Confidence for --policy fixed (default 0.9; 0 keeps all)."),
+    click.option(
+        "--threshold", type=float,
+        help="Confidence for --policy fixed (default 0.9; 0 keeps all).",
+    ),
 )  # fmt: skip
 
 file_options = _stacked(
@@ -112,9 +120,11 @@ work_options = _stacked(
         help="Images handed to a worker at once. On a CPU the network still runs one by one, so "
         "that a label cannot depend on its neighbours.",
     ),
-    click.option("--shard-size", type=COUNT, help="Images per shard, the unit of resume (default 64)."),
-    click.option("--allow-rejects", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="So many rejected inputs still count as success."),
+    click.option("--shard-size", type=COUNT, help="Images per unit of resume (default 64)."),
+    click.option(
+        "--allow-rejects", type=click.IntRange(min=0), default=0, show_default=True,
+        help="So many rejected inputs still count as success.",
+    ),
     click.option("--quiet", is_flag=True, help="No progress and no summary."),
 )  # fmt: skip
 

@@ -60,7 +60,9 @@ def _fused_kernel() -> Finding:
     try:
         kernel = open_kernel("native")
     except CadaError as error:
-        return Finding("fused kernel", "NumPy only: slow, not bit-identical", False, False, str(error))
+        return Finding(
+            "fused kernel", "NumPy only: slow, not bit-identical", False, False, str(error)
+        )
     return Finding("fused kernel", f"native, instruction set {getattr(kernel, 'isa', 'unknown')}")
 
 
@@ -104,5 +106,7 @@ def _onnx_runtime() -> Finding:
         return Finding(
             "engine ort", "onnxruntime is missing", False, True, "pip install 'cada-deploy[cpu]'"
         )
-    providers = ", ".join(p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers())
+    providers = ", ".join(
+        p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()
+    )
     return Finding("engine ort", f"onnxruntime {onnxruntime.__version__} ({providers})")

@@ -69,12 +69,14 @@ def json_line(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ArtefactMismatch when the file is there but is not JSON, FileNotFoundError when not."""
+    """Raises ArtefactMismatch for a file that is not JSON, FileNotFoundError for none."""
     data = path.read_bytes()
     try:
         return json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactMismatch(f"{path} is not JSON ({error}); it was changed or damaged") from error
+        raise ArtefactMismatch(
+            f"{path} is not JSON ({error}); it was changed or damaged"
+        ) from error
 
 
 def remove(path: Path) -> None:

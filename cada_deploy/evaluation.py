@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from cada_deploy.classes import ClassSet
 from cada_deploy.errors import UsageError
 from cada_deploy.images import ImageRef, find_images, output_stem, read_bytes
 from cada_deploy.labels import LabelMap, read_label_png
-from cada_deploy.metrics import ConfusionMatrix, confusion_matrix, empty_matrix
+from cada_deploy.metrics import ConfusionMatrix, TableRow, confusion_matrix, empty_matrix
 from cada_deploy.progress import progress
 
 
@@ -83,3 +84,22 @@ def _train_id_table(classes: ClassSet) -> LabelMap:
     for train_id, label_id in enumerate(classes.label_ids):
         table[label_id] = train_id
     return table
+
+
+def table_text(comparison: Comparison, rows: list[TableRow]) -> str:
+    """Percentages per class for a terminal; '-' where a figure is undefined."""
+    lines = [f"{'class':<14} {'IoU':>7} {'IoU sel.':>9} {'precision':>10} {'coverage':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row.name:<14} {_percent(row.iou):>7} {_percent(row.iou_selected):>9} "
+            f"{_percent(row.precision):>10} {_percent(row.coverage):>9}"
+        )
+    lines.append(
+        f"{comparison.pairs} pairs; {comparison.without_truth} labels without truth, "
+        f"{comparison.without_label} truth maps without labels"
+    )
+    return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"

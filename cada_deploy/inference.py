@@ -80,7 +80,7 @@ def _slid(engine: Engine, spec: ModelSpec, row: Array, size: Size, clock: StageC
     for top, left, height, width in windows(size, spec.inference):
         scores = _infer(engine, _crop(row, spec, top, left, height, width), clock)
         if total is None or weight is None:
-            grid = tuple(  # type: ignore[assignment]
+            grid = tuple(
                 max(1, -(-whole * low // part))
                 for whole, part, low in zip(size, (height, width), scores.shape[2:])
             )

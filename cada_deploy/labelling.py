@@ -383,9 +383,7 @@ def _known_refs(images: Path) -> dict[bytes, ImageRef]:
         return {}
 
 
-def _refs(
-    known: Mapping[bytes, ImageRef], images: Path, manifest: ScoredShard
-) -> list[ImageRef]:
+def _refs(known: Mapping[bytes, ImageRef], images: Path, manifest: ScoredShard) -> list[ImageRef]:
     return [
         known.get(i.relative)
         or ImageRef(images / os.fsdecode(i.relative), i.relative, i.size_bytes)

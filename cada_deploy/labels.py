@@ -16,7 +16,7 @@ from PIL import Image
 
 from cada_deploy.classes import ClassSet
 from cada_deploy.errors import ArtefactMismatch
-from cada_deploy.images import Examined, ImageRejected, examine
+from cada_deploy.images import Examined, ImageRejected, decode, examine
 
 LabelMap = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating]
@@ -97,20 +97,27 @@ def read_label_png(data: bytes, name: str = "the label map") -> LabelMap:
     """
     try:
         found = examine(data)
+        if found.format != "PNG" or not _holds_ids(found):
+            raise ArtefactMismatch(
+                f"{name} is a {found.format} with {_described(found)}; expected a PNG with one "
+                "8-bit channel of ids (grey or palette). Colours cannot be turned back into ids "
+                "safely"
+            )
+        # For a palette too: Pillow fills in missing pixels without a word, OpenCV refuses.
+        decoded = decode(data).image
     except ImageRejected as error:
         raise ArtefactMismatch(f"{name} cannot be read as a label PNG: {error}") from error
-    if found.format != "PNG" or not _holds_ids(found):
-        raise ArtefactMismatch(
-            f"{name} is a {found.format} with {_described(found)}; expected a PNG with one 8-bit "
-            "channel of ids (grey or palette). Colours cannot be turned back into ids safely"
-        )
+    if "palette" in found.notices:
+        return _indices(data, name)
+    return np.ascontiguousarray(decoded[..., 0])
+
+
+def _indices(data: bytes, name: str) -> LabelMap:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            labels = np.array(image)
+            return np.array(image, np.uint8)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ArtefactMismatch(f"{name} is a damaged PNG: {error}") from error
-    assert labels.dtype == np.uint8 and labels.shape == (found.height, found.width), labels.shape
-    return labels
+        raise ArtefactMismatch(f"{name} has a palette that Pillow cannot read: {error}") from error
 
 
 def _holds_ids(found: Examined) -> bool:

@@ -246,16 +246,17 @@ class RunFolder:
 
     def scored(self, index: int, run_id: str) -> ScoredShard | None:
         """The shard's manifest if it is done in this run and its score file is whole."""
-        found = _read(self.scored_manifest(index), ScoredShard)
+        found: ScoredShard | None = _read(self.scored_manifest(index), ScoredShard)
         if found is None or found.run_id != run_id:
             return None
-        if found.score_file and not _has_size(self.scores / found.score_file[0], found.score_file[1]):
-            return None
-        return found
+        if found.score_file is None:
+            return found
+        name, size = found.score_file
+        return found if _has_size(self.scores / name, size) else None
 
     def selected(self, index: int, run_id: str, rule_digest: str) -> SelectedShard | None:
         """The shard's manifest if its labels were cut with this rule and are all there."""
-        found = _read(self.selected_manifest(index), SelectedShard)
+        found: SelectedShard | None = _read(self.selected_manifest(index), SelectedShard)
         if found is None or (found.run_id, found.rule_digest) != (run_id, rule_digest):
             return None
         files = [f for image in found.images for f in image.files]

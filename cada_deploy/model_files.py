@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from cada_deploy import presets
 from cada_deploy.classes import CITYSCAPES_19, ClassSet, anonymous

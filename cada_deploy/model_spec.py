@@ -111,7 +111,9 @@ class OutputSpec:
         _one_of("output.meaning", self.meaning, ("logits", "probabilities"))
         _one_of("output.order", self.order, ("logits", "probs"))
         if self.meaning == "probabilities" and self.order != "probs":
-            raise UsageError("an output of probabilities is upsampled as such: output.order is 'probs'")
+            raise UsageError(
+                "an output of probabilities is upsampled as such: output.order is 'probs'"
+            )
         if not 1 <= self.stride <= 256:
             raise UsageError(f"output.stride is {self.stride}; expected 1 to 256")
 

@@ -1,9 +1,9 @@
 """The Python API: load a model once, label frames that are already in memory.
 
-    import cada_deploy
-    model = cada_deploy.load("model.onnx")
-    prediction = model.predict(frame)      # frame: (H, W, 3) uint8 RGB
-    prediction.labels                      # (H, W) uint8 train ids
+import cada_deploy
+model = cada_deploy.load("model.onnx")
+prediction = model.predict(frame)      # frame: (H, W, 3) uint8 RGB
+prediction.labels                      # (H, W) uint8 train ids
 """
 
 from __future__ import annotations

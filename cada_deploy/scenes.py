@@ -382,7 +382,7 @@ def _within(u0: int, u1: int, v0: int, v1: int) -> Inside:
 
 
 def _band(v0: int, v1: int) -> Inside:
-    return lambda u, v: _between(v, (v0, v1)) & (u == u)
+    return lambda u, v: _between(v, (v0, v1))
 
 
 def _disc(u0: int, v0: int, radius: int) -> Inside:
@@ -396,6 +396,10 @@ def _grid(u_pitch: int, u_open: int, v_pitch: int, v_open: int, lowest: int) -> 
 
 
 # --- the street --------------------------------------------------------------------------------
+
+Things = list[
+    tuple[int, Callable[[], None]]
+]  # distance in cm and what draws it when its turn comes
 
 
 @dataclass(frozen=True)
@@ -418,7 +422,7 @@ def _street(dice: _Dice, size: tuple[int, int]) -> _Canvas:
     _skyline(canvas, dice)
     for side in (-1, 1):
         _lots(canvas, dice, plan, side)
-    things: list[tuple[int, Callable[[], None]]] = []
+    things: Things = []
     _furnish(canvas, dice, plan, things)
     _populate(canvas, dice, plan, things)
     _traffic(canvas, dice, plan, things)
@@ -546,7 +550,7 @@ def _house(canvas: _Canvas, dice: _Dice, side: int, line: int, zs: Span) -> None
 
     details: list[Detail] = [(panes, dark), (is_lit, lit)]
     if dice.percent(45):
-        details.insert(0, (lambda u, v: (v % storey < 22) & (u == u), trim))
+        details.insert(0, (lambda u, v: v % storey < 22, trim))
     if dice.percent(40):
         details.append((lambda u, v: (v < storey - 50) & (v > 30) & (u % 330 > 60), shop))
     if dice.percent(60):
@@ -554,6 +558,11 @@ def _house(canvas: _Canvas, dice: _Dice, side: int, line: int, zs: Span) -> None
         details.append((_band(tall - 70, tall + 1), roof))
     xs = (line, line + 4000) if side > 0 else (line - 4000, line)
     canvas.box(BUILDING, "facade", tone, xs, (-20, tall), zs, details, details)
+
+
+def _bricks(u: Ints, v: Ints) -> npt.NDArray[np.bool_]:
+    """The joints of a wall, as far as one can see them."""
+    return ((v % 42 < 5) | ((u + (v // 42) * 35) % 90 < 5)) & (u < 1400)
 
 
 def _park(canvas: _Canvas, dice: _Dice, side: int, line: int, zs: Span) -> None:
@@ -567,15 +576,17 @@ def _park(canvas: _Canvas, dice: _Dice, side: int, line: int, zs: Span) -> None:
         wall = canvas.mix("wall", dice.below(256), 90 if side < 0 else 74)
         cap = canvas.mix("cap")
         course = canvas.mix("joint", 0, 70)
-        bricks: Inside = lambda u, v: ((v % 42 < 5) | ((u + (v // 42) * 35) % 90 < 5)) & (u < 1400)  # noqa: E731
-        canvas.side(WALL, wall, line, (0, tall), zs, (bricks, course), (_band(tall - 16, 900), cap))
+        canvas.side(
+            WALL, wall, line, (0, tall), zs, (_bricks, course), (_band(tall - 16, 900), cap)
+        )
     elif edge < 72:
         bars = canvas.mix("fence", dice.below(256), 95)
         pitch, thick = dice.between(24, 44), dice.between(7, 14)
-        rails: Inside = lambda u, v: (  # noqa: E731
-            (u % pitch < thick) | (v % (tall // 2) > tall // 2 - 12) | (u % 260 < 18)
+        rails: Detail = (
+            lambda u, v: (u % pitch < thick) | (v % (tall // 2) > tall // 2 - 12) | (u % 260 < 18),
+            bars,
         )
-        canvas.side(FENCE, None, line, (0, tall), zs, (rails, bars))
+        canvas.side(FENCE, None, line, (0, tall), zs, rails)
     elif edge < 86:
         canvas.side(VEGETATION, canvas.mix("leaf", dice.below(256), 92), line, (0, tall), zs)
 
@@ -591,9 +602,6 @@ def _tree(canvas: _Canvas, dice: _Dice, x: int, z: int, tall: int) -> None:
         radii = spread * dice.between(45, 85) // 100, spread * dice.between(40, 75) // 100
         leaf = canvas.mix("leaf", tone, shade)
         canvas.oval(VEGETATION, leaf, x + dx, tall * 7 // 10 + dy, radii, z)
-
-
-Things = list[tuple[int, Callable[[], None]]]
 
 
 def _furnish(canvas: _Canvas, dice: _Dice, plan: _Plan, things: Things) -> None:
@@ -658,8 +666,8 @@ def _sign(canvas: _Canvas, dice: _Dice, x: int, z: int) -> None:
             )
     elif kind == 2:  # direction board
         board = canvas.mix("sign blue" if dice.percent(60) else "sign yellow")
-        canvas.front(SIGN, board, (x - big - 30, x + big + 30), (y - big, y + big), z,
-                     (_within(20, 2 * big + 40, y - 8, y + 8), white))  # fmt: skip
+        arrow: Detail = (_within(20, 2 * big + 40, y - 8, y + 8), white)
+        canvas.front(SIGN, board, (x - big - 30, x + big + 30), (y - big, y + big), z, arrow)
     else:  # command: white mark on a blue disc
         canvas.oval(SIGN, canvas.mix("sign blue"), x, y, (big, big), z)
         canvas.front(SIGN, white, (x - 7, x + 7), (y - big // 2, y + big // 2), z)
@@ -867,12 +875,10 @@ def _car(canvas: _Canvas, dice: _Dice, x: int, z: int, oncoming: int) -> None:
         (_within(half - 26, half + 26, 50, 62), canvas.mix("plate")),
     ]
     cabin = (z + 40, z + long - (110 if not oncoming else 60))
-    inset = 12
-    windows: Inside = lambda u, v: (  # noqa: E731
-        (v > belt + 6) & (v < roof - 9) & (u > 26) & (u < cabin[1] - cabin[0] - 24) & (u % 118 > 9)
-    )
-    canvas.box(CAR, "coach", tone, (x - half + inset, x + half - inset), (belt - 50, roof), cabin,
-               [], [(windows, glass)])  # fmt: skip
+    opening = _within(27, cabin[1] - cabin[0] - 24, belt + 7, roof - 9)
+    windows: Detail = (lambda u, v: opening(u, v) & (u % 118 > 9), glass)
+    across = (x - half + 12, x + half - 12)
+    canvas.box(CAR, "coach", tone, across, (belt - 50, roof), cabin, [], [windows])
     screen = [
         (x - half + 6, belt - 50),
         (x + half - 6, belt - 50),
@@ -880,8 +886,12 @@ def _car(canvas: _Canvas, dice: _Dice, x: int, z: int, oncoming: int) -> None:
         (x - half + 20, roof),
     ]
     canvas.polygon(CAR, canvas.mix("coach", tone, 92), screen, z + 30)
-    inner = [(x - half + 16, belt + 4), (x + half - 16, belt + 4), (x + half - 27, roof - 9),
-             (x - half + 27, roof - 9)]  # fmt: skip
+    inner = [
+        (x - half + 16, belt + 4),
+        (x + half - 16, belt + 4),
+        (x + half - 27, roof - 9),
+        (x - half + 27, roof - 9),
+    ]
     canvas.polygon(CAR, glass, inner, z + 30)
     canvas.box(CAR, "coach", tone, (x - half, x + half), (16, belt), (z, z + long), rear, wheels)
     for side in (-1, 1):
@@ -1015,10 +1025,9 @@ def _truck_across(canvas: _Canvas, dice: _Dice, x: int, z: int) -> None:
     long, tall = dice.between(600, 900), dice.between(280, 360)
     tyre, cab = canvas.mix("tyre", 0), canvas.mix("coach", dice.below(256))
     cargo = canvas.mix("cargo", dice.below(256))
-    ribs: Inside = lambda u, v: (u % 120 < 6) & (v == v)  # noqa: E731
-    detail = (ribs, canvas.mix("trim"))
     canvas.front(TRUCK, canvas.mix("trim"), (x, x + long), (44, 90), z)
-    canvas.front(TRUCK, cargo, (x, x + long), (86, tall), z, detail)
+    ribs: Detail = (lambda u, v: u % 120 < 6, canvas.mix("trim"))
+    canvas.front(TRUCK, cargo, (x, x + long), (86, tall), z, ribs)
     pane = (_within(50, 140, 165, 232), canvas.mix("glass", 40))
     canvas.front(TRUCK, cab, (x + long + 15, x + long + 190), (36, 256), z, pane)
     for wheel in (x + 90, x + 200, x + long + 95):

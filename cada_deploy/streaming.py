@@ -312,9 +312,7 @@ class DamagedCache(ArtefactMismatch):
     """A score file is unreadable or holds other bytes than its manifest says."""
 
 
-def _cached(
-    pipeline: Pipeline, path: Path, position: int, known: ScoredImage
-) -> EncodedScores:
+def _cached(pipeline: Pipeline, path: Path, position: int, known: ScoredImage) -> EncodedScores:
     remedy = "delete this file; the same command then scores its images again"
     try:
         scores = read_scores(path, position)

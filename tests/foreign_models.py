@@ -38,7 +38,9 @@ def fitted_colours(images: Sequence[np.ndarray], classes: int, seed: int = 0) ->
     return centres.astype(np.float32)
 
 
-def linear_scores(colours: np.ndarray, sharpness: float = SHARPNESS) -> tuple[np.ndarray, np.ndarray]:
+def linear_scores(
+    colours: np.ndarray, sharpness: float = SHARPNESS
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (C, 3) and bias (C,) of  -sharpness * |x - colour|^2  without the common |x|^2."""
     weight = 2.0 * sharpness * colours
     bias = -sharpness * (colours**2).sum(1)
@@ -58,8 +60,8 @@ def save_colour_model(
     output_rank: int = 4,
     poison: float | None = None,
 ) -> Path:
-    """stride: block size and output stride (1 to 8). poison: a value (NaN) put into class 1 wherever
-    the red channel is above 2 (normalised)."""
+    """stride: block size and output stride (1 to 8). poison: a value (NaN) put into class 1
+    wherever the red channel is above 2 (normalised)."""
     kind = TensorProto.FLOAT if dtype == "float32" else TensorProto.FLOAT16
     weight, bias = linear_scores(colours, sharpness)
     classes = len(colours)

@@ -38,7 +38,7 @@ TOLERANCE = 1e-4  # of the largest score; what the bits of two convolution libra
 
 def onnx_from_network(network: torch.nn.Module) -> onnx.ModelProto:
     """The network in inference mode, batch norms folded, any batch, height and width."""
-    network = network.eval().to(memory_format=torch.contiguous_format)
+    network.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -46,7 +46,7 @@ def onnx_from_network(network: torch.nn.Module) -> onnx.ModelProto:
         torch.onnx.export(
             network,
             (torch.zeros(1, 3, *TRACED),),
-            buffer,
+            buffer,  # type: ignore[arg-type]
             dynamo=False,
             opset_version=OPSET,
             input_names=["image"],

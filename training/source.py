@@ -103,7 +103,8 @@ def batch_at(step: int, frames: Frames, recipe: Recipe) -> tuple[torch.Tensor, t
 def learning_rate_at(step: int, recipe: Recipe) -> float:
     """A linear start, then poly with power 0.9."""
     start = min((step + 1) / max(recipe.warmup, 1), 1.0)
-    return recipe.learning_rate * start * (1 - step / recipe.steps) ** 0.9
+    left = 1 - step / recipe.steps
+    return recipe.learning_rate * start * math.pow(left, 0.9)
 
 
 class Training:
@@ -113,7 +114,8 @@ class Training:
         self.recipe = recipe
         self.step = 0
         torch.manual_seed(recipe.seed)
-        self.model = SmallDeepLab(len(CITYSCAPES_19)).to(memory_format=torch.channels_last)
+        self.model = SmallDeepLab(len(CITYSCAPES_19))
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
@@ -136,7 +138,7 @@ class Training:
                 f"checkpoint is untouched. Try a smaller --lr than {self.recipe.learning_rate}"
             )
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         self.step += 1
         return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cada_deploy.doctor import examine
-
 import click
+
+from cada_deploy.doctor import examine
 
 
 @click.command(name="doctor")

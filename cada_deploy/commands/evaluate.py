@@ -10,7 +10,7 @@ import click
 
 from cada_deploy import command_options as shared
 from cada_deploy.classes import class_set
-from cada_deploy.evaluation import Comparison, compare_folders
+from cada_deploy.evaluation import Comparison, compare_folders, table_text
 from cada_deploy.metrics import TableRow, iou_table
 
 
@@ -45,24 +45,6 @@ def command(
     rows = iou_table(comparison.matrix, chosen)
     click.echo(_json(comparison, rows) if as_json else table_text(comparison, rows))
     return 0
-
-
-def table_text(comparison: Comparison, rows: list[TableRow]) -> str:
-    lines = [f"{'class':<14} {'IoU':>7} {'IoU sel.':>9} {'precision':>10} {'coverage':>9}"]
-    for row in rows:
-        lines.append(
-            f"{row.name:<14} {_percent(row.iou):>7} {_percent(row.iou_selected):>9} "
-            f"{_percent(row.precision):>10} {_percent(row.coverage):>9}"
-        )
-    lines.append(
-        f"{comparison.pairs} pairs; {comparison.without_truth} labels without truth, "
-        f"{comparison.without_label} truth maps without labels"
-    )
-    return "\n".join(lines)
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def _json(comparison: Comparison, rows: list[TableRow]) -> str:

@@ -35,9 +35,7 @@ def command(**options: Any) -> int:
         Selecting(policy=fixed.NAME, threshold=0.0),
         shared.sizes(options),
         shared.ignored(options),
-        LabelFiles(
-            options["ids"], options["overlay"], options["confidence"], options["entropy"]
-        ),
+        LabelFiles(options["ids"], options["overlay"], options["confidence"], options["entropy"]),
         shared.work(options),
     )
     say = shared.say(options["quiet"])

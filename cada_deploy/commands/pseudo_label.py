@@ -46,9 +46,7 @@ def command(**options: Any) -> int:
         shared.selecting(options),
         shared.sizes(options),
         shared.ignored(options),
-        LabelFiles(
-            options["ids"], options["overlay"], options["confidence"], options["entropy"]
-        ),
+        LabelFiles(options["ids"], options["overlay"], options["confidence"], options["entropy"]),
         shared.work(options),
     )
     say = shared.say(options["quiet"])

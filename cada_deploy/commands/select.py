@@ -15,10 +15,14 @@ from cada_deploy.reporting import publish_report, summary
 
 @click.command(name="select")
 @click.argument("run", type=shared.PATH)
-@click.option("--out", type=shared.PATH, help="Write there (default: RUN itself, replacing its labels).")
+@click.option(
+    "--out", type=shared.PATH, help="Write there (default: RUN itself, replacing its labels)."
+)
 @shared.policy_options
 @shared.file_options
-@click.option("--workers", type=shared.COUNT, help="Images worked on at once (default: one per core).")
+@click.option(
+    "--workers", type=shared.COUNT, help="Images worked on at once (default: one per core)."
+)
 @click.option("--quiet", is_flag=True, help="No progress and no summary.")
 def command(run: Path, out: Path | None, **options: Any) -> int:
     """Cut the labels of a finished RUN anew, with another policy or Delta, from its cached scores.
@@ -28,7 +32,9 @@ def command(run: Path, out: Path | None, **options: Any) -> int:
       cada-deploy select labels-1/ --delta 0.1 --out labels-2/
     """
     say = shared.say(options["quiet"])
-    files = LabelFiles(options["ids"], options["overlay"], options["confidence"], options["entropy"])
+    files = LabelFiles(
+        options["ids"], options["overlay"], options["confidence"], options["entropy"]
+    )
     outcome = select_again(
         run,
         out or run,

@@ -72,7 +72,7 @@ def _require(device: str) -> None:
             "onnxruntime, or use --device cpu"
         )
     raise EnvironmentLacks(
-        f"--device {device}: the GPU pipeline is not in this version of cada-deploy; use --device cpu"
+        f"--device {device}: this version of cada-deploy has no GPU pipeline; use --device cpu"
     )
 
 
@@ -91,9 +91,7 @@ def _session(model: Model, threads: int) -> ort.InferenceSession:
         raise ArtefactMismatch(f"ONNX Runtime refuses {model.path.name}: {error}") from error
 
 
-def _run(
-    session: ort.InferenceSession, model: Model, feed: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
+def _run(session: ort.InferenceSession, model: Model, feed: npt.NDArray[Any]) -> npt.NDArray[Any]:
     try:
         (scores,) = session.run([model.output.name], {model.input.name: feed})
     except Exception as error:

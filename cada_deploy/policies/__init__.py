@@ -27,9 +27,9 @@ COMPARATORS = ("<", "<=", ">", ">=")
 class Rule:
     """Keep a pixel with label y where `measure comparator thresholds[y]` (paper, Eq. 3).
 
-    measure: entropy in nats; confidence = p_y; margin = p_y - runner-up's p; ratio = p_c / k_c, whose
-    argmax is then the label (CBST), k being `class_weights`. thresholds are float64, None for a
-    class of which nothing may be selected. A value equal to NaN never passes.
+    measure: entropy in nats; confidence = p_y; margin = p_y - runner-up's p; ratio = p_c / k_c,
+    whose argmax is then the label (CBST), k being `class_weights`. thresholds are float64, None for
+    a class of which nothing may be selected. A value equal to NaN never passes.
     """
 
     measure: str
@@ -69,9 +69,9 @@ def _round_towards(threshold: float | None, up: bool) -> np.float32:
     with np.errstate(over="ignore"):
         nearest32 = np.float32(threshold)
     if up and float(nearest32) < threshold:
-        return np.nextafter(nearest32, np.float32(np.inf))
+        return np.float32(np.nextafter(nearest32, np.float32(np.inf)))
     if not up and float(nearest32) > threshold:
-        return np.nextafter(nearest32, np.float32(-np.inf))
+        return np.float32(np.nextafter(nearest32, np.float32(-np.inf)))
     return nearest32
 
 

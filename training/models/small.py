@@ -52,7 +52,7 @@ class SmallDeepLab(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = self.trunk(self.front(self.stem(x)))
-        scores = self.classifier[0](features)
+        scores: torch.Tensor = self.classifier[0](features)
         for branch in self.classifier[1:]:
             scores = scores + branch(features)
         return scores
