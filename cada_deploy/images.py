@@ -3,8 +3,8 @@
 Decoders are lenient: OpenCV 5 shows a PNG whose IEND has a wrong checksum, the first frame of an
 animation and one page of many, and Pillow shows a PNG whose pixel data fail their checksum. A label
 must not stand on such a frame, so headers and structure are checked here, before and after OpenCV
-decodes. OpenCV never gets a path: names that are not UTF-8 crash it (serving_and_reliability.md
-3.5). Nothing is written here.
+decodes. OpenCV never gets a path: cv2.imread died of SIGSEGV on a name with the bytes ff fe.
+Nothing is written here.
 
 What no check can see: a flipped or missing piece inside a JPEG's entropy-coded data that still ends
 in EOI. libjpeg warns on stderr and shows grey or shifted blocks. Only a digest of the input helps.
@@ -38,7 +38,7 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(_OPENCV_MAX_PIXELS))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 try:
-    import cv2
+    import cv2 as cv2  # preprocess and labels take it from here, with the settings above and below
 except ImportError as error:  # pragma: no cover
     raise EnvironmentLacks(
         "reading images needs OpenCV, and no build of it can be imported "

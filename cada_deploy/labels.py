@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any, cast
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from cada_deploy.classes import ClassSet
 from cada_deploy.errors import ArtefactMismatch
-from cada_deploy.images import Examined, ImageRejected, decode, examine
+from cada_deploy.images import Examined, ImageRejected, cv2, decode, examine
 
 LabelMap = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.floating[Any]]
+Table = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 INVALID_16 = 65535  # entropy PNG: a pixel without a finite entropy
 LARGEST_16 = 65534  # entropy PNG: the largest finite value
@@ -37,8 +38,7 @@ def encode_label_png(labels: LabelMap, level: int = 1) -> bytes:
 
 def encode_colour_png(labels: LabelMap, classes: ClassSet, level: int = 1) -> bytes:
     """labels (H, W) uint8 train ids -> an RGB PNG in the palette; ids outside the set are black."""
-    bgr = np.ascontiguousarray(_coloured(labels, classes)[..., ::-1])
-    return _png(bgr, level)
+    return _png(_looked_up(labels, classes.colours[:, ::-1]), level)
 
 
 def encode_rgb_png(image: npt.NDArray[np.uint8], level: int = 1) -> bytes:
@@ -56,12 +56,14 @@ def overlay(
     """
     if image.shape != (*labels.shape, 3) or not 0 <= alpha <= 1:
         raise ValueError(f"image {image.shape}, labels {labels.shape}, alpha {alpha}")
-    weight = np.zeros(256, np.uint16)
-    weight[: len(classes)] = round(256 * alpha)
-    share = weight[labels][..., None]
+    share = np.zeros((256, 1), np.uint16)
+    share[: len(classes)] = round(256 * alpha)
     # 256 * 255 + 128 = 65,408 stays below 2^16.
-    mixed = image * (np.uint16(256) - share) + _coloured(labels, classes) * share + np.uint16(128)
-    return np.asarray(mixed >> np.uint16(8), np.uint8)
+    mixed = _looked_up(labels, np.repeat(256 - share, 3, axis=1)).astype(np.uint16, copy=False)
+    mixed *= image
+    mixed += _looked_up(labels, classes.colours * share + np.uint16(128))
+    mixed >>= np.uint16(8)
+    return mixed.astype(np.uint8)
 
 
 def encode_confidence_png16(confidence: Floats, level: int = 1) -> bytes:
@@ -129,8 +131,10 @@ def _described(found: Examined) -> str:
     return ", ".join(found.notices) or "three 8-bit colour channels"
 
 
-def _coloured(labels: LabelMap, classes: ClassSet) -> npt.NDArray[np.uint8]:
-    return classes.colours[labels]
+def _looked_up(labels: LabelMap, table: Table) -> Table:
+    """(H, W) ids, (256, 3) table -> (H, W, 3): numpy's table[labels], ten times as fast."""
+    three = cv2.merge([np.ascontiguousarray(labels)] * 3)
+    return cast(Table, cv2.LUT(three, table[None].copy()))
 
 
 def _float64(values: Floats) -> npt.NDArray[np.float64]:
@@ -139,27 +143,32 @@ def _float64(values: Floats) -> npt.NDArray[np.float64]:
     return values.astype(np.float64)
 
 
-def _png(array: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], level: int) -> bytes:
+def _png(array: Table, level: int) -> bytes:
     """(H, W) or BGR (H, W, 3), uint8 or uint16 -> PNG.
 
-    Measured on 1024x2048 train ids, one thread, OpenCV 5.0, ms / kB: smooth regions of 19 classes;
-    the same with 40 % cut out as 255; that with 2 % single pixels missing. Run lengths ignore the
-    level.
+    Measured at 1024x2048, one thread, OpenCV 5.0, ms / kB. Train ids: smooth regions of 19 classes;
+    the same with 40 % cut out as 255; that with 2 % single pixels missing (run lengths ignore the
+    level):
       level 1, run lengths, no filter   4.7 / 80    6.4 / 185     8.4 / 223
       level 1, default, no filter       6.0 / 137   9.4 / 284    10.8 / 335
       level 6, default, no filter      17.7 / 79   36.3 / 167    44.9 / 213
       level 9, default, no filter     127.6 / 61  441.5 / 146   542.7 / 188
+    Smooth 16-bit maps at level 1: 160 / 2525 default with SUB, 86 / 3844 run lengths with SUB, 200
+    / 4156 default without a filter. Colours at level 1: 24 / 184 default, 122 / 3075 run lengths.
     """
     if not 1 <= level <= 9:
         raise ValueError(f"PNG level is {level}; expected 1 to 9")
-    strategy = cv2.IMWRITE_PNG_STRATEGY_RLE if level == 1 else cv2.IMWRITE_PNG_STRATEGY_DEFAULT
+    fast_ids = array.ndim == 2 and array.dtype == np.uint8 and level == 1
+    strategy = cv2.IMWRITE_PNG_STRATEGY_RLE if fast_ids else cv2.IMWRITE_PNG_STRATEGY_DEFAULT
+    smooth = array.dtype == np.uint16
+    row_filter = cv2.IMWRITE_PNG_FILTER_SUB if smooth else cv2.IMWRITE_PNG_FILTER_NONE
     done, encoded = cv2.imencode(
         ".png",
         np.ascontiguousarray(array),
         [
             cv2.IMWRITE_PNG_COMPRESSION, level,
             cv2.IMWRITE_PNG_STRATEGY, strategy,
-            cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE,
+            cv2.IMWRITE_PNG_FILTER, row_filter,
         ],
     )  # fmt: skip
     assert done

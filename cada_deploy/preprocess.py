@@ -1,6 +1,6 @@
 """Make the batch row that a model's spec asks for: resize, colour order, scale, mean, std.
 
-The order is that of the reference projects (research: AdaptSegNet, BDL, CRST, DAFormer): resize the
+The order is that of the reference projects (AdaptSegNet, BDL, CRST, DAFormer): resize the
 stored uint8 RGB, then to float32, then colour order, then x = (scale * v - mean) / std. Since v is
 one of 256 values, all of it after the resize is one table per channel: the same float32 numbers as
 the formula, bit for bit, in a quarter of the time.
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from cada_deploy.errors import UsageError
+from cada_deploy.images import cv2
 from cada_deploy.model_spec import InputSpec, Size
 
 BatchRow = npt.NDArray[np.float32] | npt.NDArray[np.float16]

@@ -538,7 +538,7 @@ void add_entropies(Tally &tally, const Block &block, int classes, uint64_t live)
     bin = bin & ~(bin >> 31);                    /* at least 0 */
     const Ints over = (127 - bin) >> 31;         /* all ones above 127 */
     bin = (bin & ~over) | (over & 127);
-    store(bins + v * LANES, bin + load(block.label + v * LANES) * CADA_HISTOGRAM_BINS);
+    store(bins + v * LANES, bin + load(block.label + v * LANES) * int32_t{CADA_HISTOGRAM_BINS});
   }
   const int64_t size = static_cast<int64_t>(classes) * CADA_HISTOGRAM_BINS;
   if (live == ALL) {

@@ -118,7 +118,7 @@ void accumulate(const Frame &frame, int32_t weighting, const Maps &maps, Evidenc
       const bool masked = masked_at(frame.given, at);
       const bool live = pixel.valid && !masked;
       if (maps.entropy) maps.entropy[at] = pixel.entropy;
-      if (maps.labels) maps.labels[at] = live ? static_cast<uint8_t>(pixel.label) : CADA_UNSELECTED;
+      if (maps.labels) maps.labels[at] = static_cast<uint8_t>(live ? pixel.label : int{CADA_UNSELECTED});
       evidence.masked += masked;
       evidence.invalid += !masked && !pixel.valid;
       if (!live) continue;

@@ -10,6 +10,7 @@
 
 #include "pixel.h"
 
+namespace cada {
 namespace {
 
 #if defined(__AVX512F__)
@@ -171,11 +172,11 @@ inline Floats gather(const float *table, Ints index) {
 }
 inline Floats choose(const float *row, Ints index) { return gather(row, index); }
 inline Floats load_halves(const uint16_t *from) {
-  return Floats{cada::float_of_half(from[0]), cada::float_of_half(from[1]),
-                cada::float_of_half(from[2]), cada::float_of_half(from[3])};
+  return Floats{float_of_half(from[0]), float_of_half(from[1]),
+                float_of_half(from[2]), float_of_half(from[3])};
 }
 inline void store_halves(uint16_t *to, Floats x) {
-  for (int i = 0; i < LANES; ++i) to[i] = cada::half_of_float(x[i]);
+  for (int i = 0; i < LANES; ++i) to[i] = half_of_float(x[i]);
 }
 
 #endif
@@ -183,40 +184,41 @@ inline void store_halves(uint16_t *to, Floats x) {
 
 /* cada::exp_n and cada::ln_n, lane by lane. */
 inline Floats exp_n(Floats d) {
-  const Floats k = fused(d, splat(cada::LOG2_E), splat(cada::ROUNDER));
-  const Floats n = k - cada::ROUNDER;
-  const Floats r = fused(n, splat(-cada::LN_2), d);
-  Floats p = splat(cada::EXP_5);
-  p = fused(p, r, splat(cada::EXP_4));
-  p = fused(p, r, splat(cada::EXP_3));
-  p = fused(p, r, splat(cada::EXP_2));
-  p = fused(p, r, splat(cada::EXP_1));
+  const Floats k = fused(d, splat(LOG2_E), splat(ROUNDER));
+  const Floats n = k - ROUNDER;
+  const Floats r = fused(n, splat(-LN_2), d);
+  Floats p = splat(EXP_5);
+  p = fused(p, r, splat(EXP_4));
+  p = fused(p, r, splat(EXP_3));
+  p = fused(p, r, splat(EXP_2));
+  p = fused(p, r, splat(EXP_1));
   p = fused(p, r, splat(1.0f));
-  return keep(greater(d, splat(cada::EXP_CUT)), (Floats)((Ints)p + ((Ints)k << 23)));
+  return keep(greater(d, splat(EXP_CUT)), (Floats)((Ints)p + ((Ints)k << 23)));
 }
 
 inline Floats ln_n(Floats x) {
-  const Ints u = (Ints)x - static_cast<int32_t>(cada::SQRT_HALF_BITS);
+  const Ints u = (Ints)x - static_cast<int32_t>(SQRT_HALF_BITS);
   const Floats k = __builtin_convertvector(u >> 23, Floats);
   const Floats t =
-      (Floats)((u & 0x7FFFFF) + static_cast<int32_t>(cada::SQRT_HALF_BITS)) - 1.0f;
+      (Floats)((u & 0x7FFFFF) + static_cast<int32_t>(SQRT_HALF_BITS)) - 1.0f;
   const Floats t2 = t * t;
-  Floats y = splat(cada::LN_T11);
-  y = fused(y, t, splat(cada::LN_T10));
-  y = fused(y, t, splat(cada::LN_T9));
-  y = fused(y, t, splat(cada::LN_T8));
-  y = fused(y, t, splat(cada::LN_T7));
-  y = fused(y, t, splat(cada::LN_T6));
-  y = fused(y, t, splat(cada::LN_T5));
-  y = fused(y, t, splat(cada::LN_T4));
-  y = fused(y, t, splat(cada::LN_T3));
+  Floats y = splat(LN_T11);
+  y = fused(y, t, splat(LN_T10));
+  y = fused(y, t, splat(LN_T9));
+  y = fused(y, t, splat(LN_T8));
+  y = fused(y, t, splat(LN_T7));
+  y = fused(y, t, splat(LN_T6));
+  y = fused(y, t, splat(LN_T5));
+  y = fused(y, t, splat(LN_T4));
+  y = fused(y, t, splat(LN_T3));
   y = y * t;
   y = y * t2;
-  y = fused(k, splat(cada::LN_2_LOW), y);
+  y = fused(k, splat(LN_2_LOW), y);
   y = fused(splat(-0.5f), t2, y);
   y = t + y;
-  return fused(k, splat(cada::LN_2_HIGH), y);
+  return fused(k, splat(LN_2_HIGH), y);
 }
 
 } // namespace
+} // namespace cada
 #endif

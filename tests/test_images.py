@@ -409,13 +409,19 @@ def test_decode_from_many_threads_gives_the_same_pixels() -> None:
     assert not wrong
 
 
-def test_importing_images_guards_opencv_and_takes_no_torch() -> None:
+@pytest.mark.parametrize("module", ["images", "preprocess", "labels"])
+def test_opencv_is_guarded_quiet_and_single_threaded_and_torch_stays_out(module: str) -> None:
     code = (
-        "import os, sys; import cada_deploy.images; import cv2;"
+        f"import os, sys; import cada_deploy.{module}; import cv2, numpy as np;"
         "assert os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'] == str(1 << 28);"
-        "assert cv2.getNumThreads() == 1; assert 'torch' not in sys.modules"
+        "assert cv2.getNumThreads() == 1; assert 'torch' not in sys.modules;"
+        "assert cv2.imdecode(np.frombuffer(b'BM' + bytes(60), np.uint8), 1) is None"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENCV_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, env=environment
+    )
+    assert done.stderr == b""
 
 
 def test_notices_come_in_their_order() -> None:
@@ -424,3 +430,13 @@ def test_notices_come_in_their_order() -> None:
     exif[274] = 3
     data = stored(Image.fromarray(RGB[..., 0]), "JPEG", exif=exif.tobytes()) + b"tail"
     assert decode(data).notices == ("exif-orientation", "grey", "trailing-bytes")
+
+
+def test_a_decoder_that_delivers_another_size_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = stored(Image.fromarray(RGB), "PNG")
+    for shape in ((W, H, 3), (H, W - 1, 3), (H, W), (H, W, 4)):
+        monkeypatch.setattr(cv2, "imdecode", lambda *_, s=shape: np.zeros(s, np.uint8))
+        with pytest.raises(ImageRejected, match="corrupt: the"):
+            decode(data)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
+from cada_deploy.errors import UsageError, nearest
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import Rule
 from cada_deploy.scores import EncodedScores
@@ -114,12 +114,15 @@ def open_kernel(name: str, threads: int = 1) -> FusedKernel:
 
 
 def best_kernel(threads: int = 1) -> FusedKernel:
-    """The compiled kernel; where there is none, the NumPy one, and that is said aloud."""
-    try:
+    """The compiled kernel; where it was not built at install time, NumPy, with a loud warning.
+    A library that is there and cannot run as asked (CADA_FORCE_ISA) is an error, not a warning."""
+    if import_module(f"{__name__}.native").is_built():
         return open_kernel("native", threads)
-    except EnvironmentLacks as error:
-        warnings.warn(
-            f"{error}. Running in NumPy: slow, and not bit-identical to the compiled kernels",
-            stacklevel=2,
-        )
-        return open_kernel("reference", threads)
+    warnings.warn(
+        "this installation has no compiled kernel; labels come from the NumPy reference, which is "
+        "some hundred times slower and not bit-identical to other machines. Install g++ and "
+        "reinstall cada-deploy",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return open_kernel("reference", threads)

@@ -361,12 +361,14 @@ def test_loops_of_links_end(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 1
 
 
-def test_a_fifo_a_socket_a_device_and_a_folder_do_not_hang(tmp_path: Path) -> None:
+def test_a_fifo_a_socket_a_device_and_a_folder_do_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "null.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     with socket.socket(socket.AF_UNIX) as unix:
-        os.chdir(tmp_path)  # socket paths are short
+        monkeypatch.chdir(tmp_path)  # socket paths are short
         unix.bind("socket.png")
         found = find_images(tmp_path)
         assert [ref.relative for ref in found] == [b"fifo.png", b"null.png", b"socket.png"]
