@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,16 @@ def write_file(path: Path, data: bytes) -> None:
     """Put `data` under `path`, whole or not at all. The folder must exist."""
     temporary = path.with_name(path.name + _TEMPORARY)
     with explained(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # a full disk needs the room
+            raise
 
 
 def sync_folder(folder: Path) -> None:

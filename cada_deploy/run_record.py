@@ -77,6 +77,8 @@ def begin(folder: RunFolder, record: Record, ignored: IgnoredArea) -> None:
         durable.make_folder(path)
     for name in ("thresholds.json", "report.html"):
         durable.remove(folder.root / name)
+    for leftover in folder.scores.glob("*.tmp"):  # of a killed run; this one may keep no scores
+        durable.remove(leftover)
     if ignored.mask is not None:
         durable.write_file(folder.root / "ignored.png", encode_label_png(ignored.mask))
     durable.write_json(folder.root / "run.json", {**record, "status": "running"})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -81,7 +82,9 @@ class ScoreFile:
         trace: TracebackType | None,
     ) -> None:
         if not self._file.closed:
-            self._file.close()
+            # Closing writes what is still buffered; on a full disk that fails a second time.
+            with suppress(OSError):
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 

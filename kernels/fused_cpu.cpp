@@ -11,7 +11,7 @@
 namespace cada {
 namespace {
 
-constexpr int VECTORS = 4;
+constexpr int VECTORS = 2;
 constexpr int PIXELS = VECTORS * LANES;
 static_assert(PIXELS <= MAX_BLOCK, "axes are padded by MAX_BLOCK");
 constexpr uint64_t ALL = ~uint64_t{0} >> (64 - PIXELS);

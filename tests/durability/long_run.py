@@ -78,7 +78,7 @@ def wait_for_manifests(process: subprocess.Popen[bytes], out: Path, count: int) 
 def kill_at_random(job: Job, out: Path, dice: random.Random) -> tuple[int, int]:
     """Start or resume, kill -9 the group at a random point of what is left; manifests then."""
     done = sum(manifests(out))
-    target = dice.randint(done, 2 * SHARDS - 1)
+    target = dice.randint(done, max(done, 2 * SHARDS - 1))
     # With no new manifest to wait for, the kill falls into start-up, planning or the first shard.
     pause = dice.uniform(0, 1.0) if target == done else dice.uniform(0, 0.03)
     with job.started(out) as process:

@@ -97,7 +97,7 @@ def whole(disk: SmallDisk, job: Job) -> tuple[int, int]:
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_finish(disk: SmallDisk, job: Job) -> None:
     in_scoring = in_selection = 0
-    for free in (0, 12, 40, 90, 150, 210, 270, 330, 390, 450, 510, 570):
+    for free in (0, 30, 90, 180, 270, 360, 450, 540):
         disk.leave_free(free)
         ran = run_on(disk, job)
         if ran.code != 0:
@@ -170,8 +170,8 @@ def test_a_failing_system_call_is_exit_1_and_the_same_command_resumes(
     if subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True).returncode:
         pytest.skip("not run: strace may not trace here")
     hit = 0
-    moments = range(1, 200, 5) if SOAK else (1, 9, 70, 130)
-    for when in moments if call != "mkdir,mkdirat" else (1, 2, 3):
+    moments = range(1, 200, 5) if SOAK else (2, 40, 130)
+    for when in moments if call != "mkdir,mkdirat" else (1, 3):
         inject = f"inject={call}:error={error}:when={when}"
         done = subprocess.run(
             ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject,
