@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,23 @@ from cada_deploy.selection import Selecting
 DEMO_MODEL = Path(__file__).parent / "demo_model" / "scenes19.onnx"
 
 
-def run_demo(out: Path, selecting: Selecting, quiet: bool, say: Say) -> tuple[Outcome, Comparison]:
+@dataclass(frozen=True)
+class DemoResult:
+    """The pseudo-label run, and how its labels and every prediction compare with the truth."""
+
+    outcome: Outcome
+    selected: Comparison
+    everything: Comparison
+
+    def verdict(self) -> str:
+        chosen, full = self.selected.matrix, self.everything.matrix
+        return (
+            f"of all predictions {full.precision:.1%} are right (mIoU {full.mean_iou:.1%}); of the "
+            f"{chosen.coverage:.1%} that were selected, {chosen.precision:.1%}"
+        )
+
+
+def run_demo(out: Path, selecting: Selecting, quiet: bool, say: Say) -> DemoResult:
     """Write the scenes and their truth below `out`, label them, evaluate, draw the report."""
     scenes = out / "scenes"
     with progress("drawing scenes", TARGET_DEMO.count, quiet=quiet) as bar:
@@ -55,7 +72,7 @@ def run_demo(out: Path, selecting: Selecting, quiet: bool, say: Say) -> tuple[Ou
             "the scenes' own labels", _agreement(full.matrix), _agreement(selected.matrix)
         ),
     )
-    return outcome, selected
+    return DemoResult(outcome, selected, full)
 
 
 def _compared(labels: Path, scenes: Path, quiet: bool) -> Comparison:

@@ -29,8 +29,10 @@ def command(out: Path, quiet: bool, **options: Any) -> int:
       cada-deploy demo --out demo-out --delta 10%
     """
     say = shared.say(quiet)
-    outcome, comparison = run_demo(out, shared.selecting(options), quiet, say)
+    result = run_demo(out, shared.selecting(options), quiet, say)
     if not quiet:
-        click.echo(table_text(comparison, iou_table(comparison.matrix, outcome.spec.classes)))
-    say(summary(outcome))
+        rows = iou_table(result.selected.matrix, result.outcome.spec.classes)
+        click.echo(table_text(result.selected, rows))
+        click.echo(result.verdict())
+    say(summary(result.outcome))
     return 0

@@ -14,11 +14,11 @@ from durability.long_run import IMAGES, SHARD, SHARDS, Job, manifests
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("long")
-    write_images(folder / "frames", IMAGES, (56, 72))
+    write_images(folder / "frames", IMAGES, (112, 144))
     # Two inputs that are rejected: they must come out the same after every restart too.
     (folder / "frames" / "frame_010.png").write_bytes(b"")
     (folder / "frames" / "frame_033.png").write_bytes(b"no image at all")
-    colours = fitted_colours([street_like(56, 72, seed) for seed in range(4)], 6)
+    colours = fitted_colours([street_like(112, 144, seed) for seed in range(4)], 6)
     model = save_colour_model(folder / "model.onnx", colours)
     arguments = (
         "pseudo-label", "--model", str(model), "--preset", "imagenet-rgb",

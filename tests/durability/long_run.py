@@ -14,7 +14,7 @@ from pathlib import Path
 
 from command_line import child, child_environment, command, deliverables
 
-IMAGES, SHARD = 60, 4
+IMAGES, SHARD = 60, 2
 SHARDS = IMAGES // SHARD
 PATIENCE_S = 60.0
 
@@ -72,15 +72,15 @@ def wait_for_manifests(process: subprocess.Popen[bytes], out: Path, count: int) 
     give_up = time.monotonic() + PATIENCE_S
     while sum(manifests(out)) < count and process.poll() is None:
         assert time.monotonic() < give_up, "the run makes no progress"
-        time.sleep(0.002)
+        time.sleep(0.001)
 
 
 def kill_at_random(job: Job, out: Path, dice: random.Random) -> tuple[int, int]:
     """Start or resume, kill -9 the group at a random point of what is left; manifests then."""
     done = sum(manifests(out))
-    target = dice.randint(done, max(done, 2 * SHARDS - 1))
+    target = done + int(dice.uniform(0, 0.7) * (2 * SHARDS - done))
     # With no new manifest to wait for, the kill falls into start-up, planning or the first shard.
-    pause = dice.uniform(0, 1.0) if target == done else dice.uniform(0, 0.03)
+    pause = dice.uniform(0, 0.8) if target == done else dice.uniform(0, 0.01)
     with job.started(out) as process:
         wait_for_manifests(process, out, target)
         time.sleep(pause)

@@ -25,7 +25,7 @@ SOAK = os.environ.get("CADA_SOAK") == "1"
 
 @dataclass(frozen=True)
 class SmallDisk:
-    """A 1 MiB tmpfs that only processes of one mount namespace see at `path`."""
+    """A tmpfs of 4 MiB that only processes of one mount namespace see at `path`."""
 
     keeper: subprocess.Popen[bytes]
     path: Path
@@ -60,7 +60,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
             pytest.skip(f"not run: there is no {tool} here to make a small disk with")
     point = tmp_path / "disk"
     point.mkdir()
-    script = f"mount -t tmpfs -o size=1m small '{point}' && echo ready && exec sleep 600"
+    script = f"mount -t tmpfs -o size=4m small '{point}' && echo ready && exec sleep 600"
     keeper = subprocess.Popen(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", script],
         stdout=subprocess.PIPE,
@@ -97,7 +97,7 @@ def whole(disk: SmallDisk, job: Job) -> tuple[int, int]:
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_finish(disk: SmallDisk, job: Job) -> None:
     in_scoring = in_selection = 0
-    for free in (0, 30, 90, 180, 270, 360, 450, 540):
+    for free in (0, 30, 150, 300, 500, 800, 1000, 1200):
         disk.leave_free(free)
         ran = run_on(disk, job)
         if ran.code != 0:

@@ -14,7 +14,7 @@ from command_line import child, command, deliverables, read, temporary_files
 from durability.long_run import SHARDS, Job, kill_at_random, manifests, wait_for_manifests
 
 KILLS = 300 if os.environ.get("CADA_SOAK") == "1" else 30
-KILLS_A_RUN = 5  # then the run is completed, compared, and a fresh one begins
+KILLS_A_RUN = 3  # then the run is completed, compared, and a fresh one begins
 
 
 def test_sigkill_at_random_moments_loses_nothing(job: Job, out: Path) -> None:

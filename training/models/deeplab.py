@@ -1,7 +1,7 @@
 """DeepLabV2 on ResNet-101 as BDL, AdaptSegNet, ADVENT, CLAN and their kin train it: one network.
 
 Parameter names are those projects' own, so their files load as they are. Scores stand at 1/8 of the
-input; a max pool in ceil mode makes them one larger than a plain division says (512x1024 -> 65x129).
+input; a max pool in ceil mode makes them one larger than plain division says (512x1024 -> 65x129).
 It upsamples nothing and loads nothing; `training/checkpoints.py` fills it.
 """
 
