@@ -26,7 +26,7 @@ from cada_deploy import durable, labelling
 from cada_deploy.demo import DEMO_MODEL
 from cada_deploy.fused import best_kernel
 from cada_deploy.labelling import ModelChoice, RunOptions, Work
-from cada_deploy.images import find_images
+from cada_deploy.image_files import find_images
 from cada_deploy.outputs import LabelFiles
 from cada_deploy.pipeline import Pipeline
 from cada_deploy.scenes import TARGET, scene

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cada_deploy.errors import RunFailed
-from cada_deploy.images import ImageRef, ImageRejected, peek_size, read_bytes
+from cada_deploy.image_files import ImageRef
+from cada_deploy.images import peek_size, read_bytes
 from cada_deploy.pipeline import Pipeline
+from cada_deploy.rejections import ImageRejected
 from cada_deploy.stages import StageClock
 
 _MARGIN = 1.05  # labels and manifests come on top of the scores

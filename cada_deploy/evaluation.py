@@ -11,7 +11,8 @@ import numpy as np
 
 from cada_deploy.classes import ClassSet
 from cada_deploy.errors import UsageError
-from cada_deploy.images import ImageRef, find_images, output_stem, read_bytes
+from cada_deploy.image_files import ImageRef, find_images, output_stem
+from cada_deploy.images import read_bytes
 from cada_deploy.labels import LabelMap, read_label_png
 from cada_deploy.metrics import ConfusionMatrix, TableRow, confusion_matrix, empty_matrix
 from cada_deploy.progress import progress

@@ -20,7 +20,7 @@ from cada_deploy.engines import Engine, open_engine
 from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, UsageError
 from cada_deploy.fused import best_kernel
 from cada_deploy.ignored import IgnoredArea
-from cada_deploy.images import ImageRef, check_out_not_inside, check_output_names, find_images
+from cada_deploy.image_files import ImageRef, check_out_not_inside, check_output_names, find_images
 from cada_deploy.manifests import Rejected, RunFolder, ScoredShard, SelectedShard
 from cada_deploy.model_files import Model, load_model
 from cada_deploy.model_spec import ModelSpec

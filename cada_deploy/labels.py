@@ -16,7 +16,8 @@ from PIL import Image
 
 from cada_deploy.classes import ClassSet
 from cada_deploy.errors import ArtefactMismatch
-from cada_deploy.images import Examined, ImageRejected, cv2, decode, examine
+from cada_deploy.images import Examined, cv2, decode, examine
+from cada_deploy.rejections import ImageRejected
 
 LabelMap = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.floating[Any]]

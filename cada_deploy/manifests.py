@@ -27,7 +27,7 @@ Seconds = Mapping[str, float]  # by stage
 
 @dataclass(frozen=True)
 class Rejected:
-    """Why an input got no label: a reason from images.REASONS, and what exactly was found."""
+    """Why an input got no label: a reason from rejections.REASONS, and what exactly was found."""
 
     reason: str
     detail: str

@@ -13,7 +13,7 @@ from cada_deploy import labels
 from cada_deploy.classes import ClassSet
 from cada_deploy.errors import UsageError, nearest
 from cada_deploy.fused import Selection
-from cada_deploy.images import output_stem
+from cada_deploy.image_files import output_stem
 
 IDS = ("train", "label")
 

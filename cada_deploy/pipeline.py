@@ -17,10 +17,12 @@ from cada_deploy.engines import Engine
 from cada_deploy.errors import UsageError
 from cada_deploy.fused import Evidence, FusedKernel, Selection
 from cada_deploy.ignored import IgnoredArea, Mask, MaskSizeError
-from cada_deploy.images import ImageRef, ImageRejected, decode, read_bytes
+from cada_deploy.image_files import ImageRef
+from cada_deploy.images import decode, read_bytes
 from cada_deploy.inference import frame_scores
 from cada_deploy.model_spec import ModelSpec, Size
 from cada_deploy.policies import Rule
+from cada_deploy.rejections import ImageRejected
 from cada_deploy.scores import EncodedScores, Upsampling
 from cada_deploy.stages import StageClock
 

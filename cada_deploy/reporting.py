@@ -12,8 +12,8 @@ from cada_deploy import durable
 from cada_deploy.disk_plan import size_text
 from cada_deploy.errors import ArtefactMismatch
 from cada_deploy.fused import KERNEL_VERSION
-from cada_deploy.images import ImageRejected
 from cada_deploy.labelling import Outcome
+from cada_deploy.rejections import ImageRejected
 from cada_deploy.report import write_report
 from cada_deploy.report_page import contents
 from cada_deploy.stages import StageClock

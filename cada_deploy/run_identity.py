@@ -13,7 +13,7 @@ from typing import Any
 from cada_deploy.engines import Engine
 from cada_deploy.errors import ArtefactMismatch
 from cada_deploy.fused import KERNEL_VERSION, FusedKernel
-from cada_deploy.images import ImageRef
+from cada_deploy.image_files import ImageRef
 from cada_deploy.manifests import digest_of
 from cada_deploy.model_files import Model
 from cada_deploy.pipeline import Pipeline

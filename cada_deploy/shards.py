@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cada_deploy.images import ImageRef
+from cada_deploy.image_files import ImageRef
 
 DEFAULT_SHARD_SIZE = 64
 

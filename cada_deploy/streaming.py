@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cada_deploy import durable
 from cada_deploy.errors import ArtefactMismatch
-from cada_deploy.images import ImageRef, ImageRejected
+from cada_deploy.image_files import ImageRef
 from cada_deploy.manifests import (
     OutputFile,
     Rejected,
@@ -34,6 +34,7 @@ from cada_deploy.manifests import (
 from cada_deploy.outputs import LabelFiles
 from cada_deploy.pipeline import Pipeline
 from cada_deploy.policies import Rule
+from cada_deploy.rejections import ImageRejected
 from cada_deploy.score_cache import READ_ERRORS, ScoreFile, digest, read_scores
 from cada_deploy.scores import EncodedScores
 from cada_deploy.shards import Shard

