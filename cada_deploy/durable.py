@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,12 +20,13 @@ from typing import Any
 
 from cada_deploy.errors import ArtefactMismatch, RunFailed
 
+_LONGEST_NAME = 255  # bytes, on every common Linux file system
 _TEMPORARY = ".tmp"  # one writer holds the run's lock, so a leftover is simply written over
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Put `data` under `path`, whole or not at all. The folder must exist."""
-    temporary = path.with_name(path.name + _TEMPORARY)
+    temporary = _temporary(path)
     with explained(path):
         try:
             with temporary.open("wb") as file:
@@ -36,6 +38,14 @@ def write_file(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)  # a full disk needs the room
             raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path`; a digest stands for a name that has no room for four more bytes."""
+    name = path.name
+    if len(os.fsencode(name)) + len(_TEMPORARY) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(name + _TEMPORARY)
 
 
 def sync_folder(folder: Path) -> None:

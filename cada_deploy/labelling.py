@@ -16,13 +16,13 @@ from typing import Any
 
 from cada_deploy import disk_plan, durable, run_identity, run_record, streaming
 from cada_deploy.classes import ClassSet
-from cada_deploy.engines import Engine, open_engine
+from cada_deploy.engines import Engine, load_model, open_engine
 from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, UsageError
 from cada_deploy.fused import best_kernel
 from cada_deploy.ignored import IgnoredArea
 from cada_deploy.image_files import ImageRef, check_out_not_inside, check_output_names, find_images
 from cada_deploy.manifests import Rejected, RunFolder, ScoredShard, SelectedShard
-from cada_deploy.model_files import Model, load_model
+from cada_deploy.model_files import Model
 from cada_deploy.model_spec import ModelSpec
 from cada_deploy.outputs import LabelFiles
 from cada_deploy.pipeline import Pipeline, Sizes
@@ -59,7 +59,11 @@ class ModelChoice:
     def load(self, threads: int = 1) -> tuple[Model, Engine]:
         """threads: of the network for one frame; hosts keep 1 and work on several frames."""
         model = load_model(
-            self.path, preset=self.preset, spec_file=self.spec_file, classes=self.classes
+            self.engine,
+            self.path,
+            preset=self.preset,
+            spec_file=self.spec_file,
+            classes=self.classes,
         )
         engine = open_engine(self.engine, model, self.device, threads)
         return model, engine
@@ -140,7 +144,8 @@ def pseudo_label(options: RunOptions, say: Say) -> Outcome:
             identity, shard_size, len(images), _settings(options, {"cache": options.work.cache})
         )
         shards = plan(images, shard_size)
-        done = {s.index: m for s in shards if (m := folder.scored(s.index, record["run_id"]))}
+        found = {s.index: folder.scored(s.index, record["run_id"]) for s in shards}
+        done = {s.index: m for s in shards if (m := found[s.index]) and m.covers(s)}
         todo = [s for s in shards if s.index not in done]
         if done:
             say(f"resuming: {len(done)} of {len(shards)} shards are scored already")
@@ -176,7 +181,7 @@ def select_again(
     spec = ModelSpec.from_json(record["identity"]["spec"])
     selecting.options(spec.classes)
     _check_weighting(run, record, selecting)
-    images = Path(os.fsdecode(record["settings"]["images"]))
+    images = run_record.path_of(record, "images")
     in_place = out.resolve() == run.resolve()
     with durable.locked(source.root):
         scored = _all_scored(source, record)
@@ -222,8 +227,8 @@ def _inputs(options: RunOptions) -> list[ImageRef]:
 def _settings(options: RunOptions, more: Mapping[str, Any]) -> dict[str, Any]:
     choice = options.model
     return {
-        "model": run_record.printable(choice.path.absolute()),
-        "images": run_record.printable(options.images.absolute()),
+        **run_record.recorded_path("model", choice.path.absolute()),
+        **run_record.recorded_path("images", options.images.absolute()),
         "engine": choice.engine,
         "device": choice.device,
         **options.selecting.to_json(),
@@ -371,7 +376,14 @@ def _all_scored(folder: RunFolder, record: Record) -> list[ScoredShard]:
             f"{folder.root} has no whole scores for shard {', '.join(missing[:5])} "
             f"({len(missing)} of {count}); run the same pseudo-label command again to complete them"
         )
-    return [manifest for manifest in found if manifest is not None]
+    whole = [manifest for manifest in found if manifest is not None]
+    images = sum(len(manifest.images) for manifest in whole)
+    if images != record["image_count"]:
+        raise ArtefactMismatch(
+            f"{folder.root}: the shards hold {images} images, run.json says "
+            f"{record['image_count']}; it was changed or damaged"
+        )
+    return whole
 
 
 def _known_refs(images: Path) -> dict[bytes, ImageRef]:
@@ -418,8 +430,8 @@ def _pipeline_again(
 
 
 def _engine_again(record: Record, spec: ModelSpec) -> Engine:
-    path = Path(os.fsdecode(record["settings"]["model"]))
-    model = load_model(path, spec=spec)
+    path = run_record.path_of(record, "model")
+    model = load_model(record["settings"]["engine"], path, spec=spec)
     if model.sha256 != record["identity"]["model"]:
         raise ArtefactMismatch(f"{path} is not the model this run was made with; put that one back")
     engine = open_engine(record["settings"]["engine"], model, record["settings"]["device"])

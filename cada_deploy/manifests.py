@@ -18,9 +18,11 @@ from cada_deploy import durable
 from cada_deploy.durable import name_from_json, name_to_json
 from cada_deploy.errors import ArtefactMismatch
 from cada_deploy.model_spec import Size
+from cada_deploy.shards import Shard
 from cada_deploy.statistics import ClassStatistics
 
 SCHEMA = 1
+_SEAL = "manifest_sha256"
 
 Seconds = Mapping[str, float]  # by stage
 
@@ -90,6 +92,11 @@ class ScoredShard:
     statistics: ClassStatistics
     score_file: tuple[str, int] | None
     seconds: Seconds = field(default_factory=dict)
+
+    def covers(self, shard: Shard) -> bool:
+        """Whether these are that shard's images (run.json's shard size can be damaged too)."""
+        names = [image.relative for image in self.images]
+        return self.index == shard.index and names == [ref.relative for ref in shard.images]
 
     def to_json(self) -> dict[str, Any]:
         name, size = self.score_file or (None, None)
@@ -268,9 +275,23 @@ class RunFolder:
 def _read(path: Path, kind: Any) -> Any:
     """A manifest, or None when it is missing or damaged (then the shard is simply done again)."""
     try:
-        return kind.from_json(durable.read_json(path))
+        return kind.from_json(_unsealed(durable.read_json(path)))
     except (FileNotFoundError, ArtefactMismatch, KeyError, TypeError, ValueError):
         return None
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """With its own digest: a manifest is the truth about its shard, so one that was changed or
+    damaged must not pass for it."""
+    return {**manifest, _SEAL: digest_of(dict(manifest))}
+
+
+def _unsealed(data: Any) -> dict[str, Any]:
+    """Raises ArtefactMismatch when the content is not what was sealed."""
+    content = {k: v for k, v in data.items() if k != _SEAL} if isinstance(data, dict) else {}
+    if not content or data.get(_SEAL) != digest_of(content):
+        raise ArtefactMismatch("the manifest was changed or damaged")
+    return content
 
 
 def _has_size(path: Path, size: int) -> bool:

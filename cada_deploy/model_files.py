@@ -6,8 +6,8 @@ No inference happens here and no ONNX Runtime is imported.
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -93,15 +93,15 @@ def load_model(
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise UsageError(f"model {path} is not a regular file")
-            return file.read()
+        # Looked at before it is opened: opening a FIFO waits for a writer.
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise UsageError(f"model {path} is a folder; name the .onnx file in it")
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"model {path} is not a regular file")
+        return path.read_bytes()
     except FileNotFoundError:
         raise UsageError(f"model {path} does not exist") from None
-    except IsADirectoryError:
-        raise UsageError(f"model {path} is a folder; name the .onnx file in it") from None
     except PermissionError:
         raise UsageError(f"model {path} cannot be read: permission denied") from None
 
@@ -125,22 +125,35 @@ def _external_files(path: Path, proto: onnx.ModelProto) -> list[Path]:
     """Weight files beside the model. Anything that points out of the model's folder is refused:
     ONNX Runtime reads hard links, which onnx itself refuses (research: CVE-2026-34446)."""
     names = set()
-    for tensor in _all_tensors(proto.graph):
+    for tensor in _all_tensors(proto):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             names |= {e.value for e in tensor.external_data if e.key == "location"}
     return [_checked_external(path, name) for name in sorted(names)]
 
 
-def _all_tensors(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    tensors = list(graph.initializer)
-    for node in graph.node:
+def _all_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    in_functions = (t for f in proto.functions for t in _node_tensors(f.node))
+    return [*_graph_tensors(proto.graph), *in_functions]
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from _dense_parts(graph.sparse_initializer)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
         for attribute in node.attribute:
-            if attribute.HasField("t"):
-                tensors.append(attribute.t)
-            tensors.extend(attribute.tensors)
-            for inner in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-                tensors.extend(_all_tensors(inner))
-    return tensors
+            yield from (attribute.t, *attribute.tensors)
+            yield from _dense_parts((attribute.sparse_tensor, *attribute.sparse_tensors))
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(inner)
+
+
+def _dense_parts(sparse: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def _checked_external(path: Path, name: str) -> Path:

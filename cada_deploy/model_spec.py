@@ -27,6 +27,11 @@ def _one_of(what: str, value: object, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{what} is {value!r}; {nearest(str(value), allowed)}")
 
 
+def _true_or_false(what: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{what} is {value!r}; expected true or false")
+
+
 def _size(what: str, value: Size | None) -> None:
     if value is not None and (len(value) != 2 or any(v < 1 or v > 65535 for v in value)):
         raise UsageError(f"{what} is {value}; expected (height, width), each 1 to 65535 pixels")
@@ -80,10 +85,12 @@ class InferenceSpec:
         _one_of("inference.mode", self.mode, ("whole", "slide"))
         _size("inference.window", self.window)
         _size("inference.stride", self.stride)
-        if (self.mode == "slide") != (self.window is not None and self.stride is not None):
+        given = {self.window is not None, self.stride is not None}
+        if given != {self.mode == "slide"}:
             raise UsageError("inference.window and inference.stride go with mode 'slide', both")
         if self.window and self.stride and any(s > w for s, w in zip(self.stride, self.window)):
             raise UsageError(f"inference.stride {self.stride} exceeds window {self.window}: gaps")
+        _true_or_false("inference.flip", self.flip)
         if not self.scales or any(not 0.05 <= s <= 8 for s in self.scales):
             raise UsageError(f"inference.scales is {self.scales}; expected numbers in 0.05..8")
 
@@ -110,6 +117,7 @@ class OutputSpec:
     def __post_init__(self) -> None:
         _one_of("output.meaning", self.meaning, ("logits", "probabilities"))
         _one_of("output.order", self.order, ("logits", "probs"))
+        _true_or_false("output.align_corners", self.align_corners)
         if self.meaning == "probabilities" and self.order != "probs":
             raise UsageError(
                 "an output of probabilities is upsampled as such: output.order is 'probs'"
@@ -164,7 +172,7 @@ class ModelSpec:
                 output=_parse(OutputSpec, "output", data["output"]),
                 preset=str(data.get("preset", "")),
                 weights_sha256=str(data.get("weights_sha256", "")),
-                provenance=dict(data.get("provenance", {})),
+                provenance=_table("provenance", data.get("provenance", {})),
             )
         except KeyError as error:
             raise UsageError(f"model spec lacks {error}") from error
@@ -195,9 +203,14 @@ def _no_unknown(what: str, data: Mapping[str, Any], known: set[str]) -> None:
             raise UsageError(f"{what} has an unknown key {key!r}; {nearest(key, known)}")
 
 
-def _parse(kind: type, what: str, data: Any) -> Any:
+def _table(what: str, data: Any) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise UsageError(f"{what} of the model spec is {data!r}; expected a table")
+    return dict(data)
+
+
+def _parse(kind: type, what: str, data: Any) -> Any:
+    data = _table(what, data)
     _no_unknown(what, data, set(kind.__dataclass_fields__))  # type: ignore[attr-defined]
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})

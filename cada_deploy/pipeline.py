@@ -72,6 +72,9 @@ class Pipeline:
     sizes: Sizes = Sizes()
     ignored: IgnoredArea = IgnoredArea()
 
+    def __post_init__(self) -> None:
+        self.input_size((1, 1))  # refuses a --size that the model does not take
+
     @property
     def upsampling(self) -> Upsampling:
         return Upsampling(self.spec.output.order, self.spec.output.align_corners)

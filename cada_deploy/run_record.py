@@ -5,6 +5,7 @@ Written when a run begins (status "running") and again, last of all, when it is 
 
 from __future__ import annotations
 
+import base64
 import os
 import platform
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from cada_deploy import __version__, durable, run_identity
 from cada_deploy.errors import ArtefactMismatch, UsageError
-from cada_deploy.ignored import IgnoredArea
+from cada_deploy.ignored import IgnoredArea, Mask
 from cada_deploy.labels import encode_label_png, read_label_png
 from cada_deploy.manifests import RunFolder
 from cada_deploy.shards import DEFAULT_SHARD_SIZE
@@ -39,6 +40,21 @@ def new(
         "versions": versions(),
         "command": [printable(a) for a in sys.argv],
     }
+
+
+def recorded_path(what: str, path: Path) -> dict[str, str]:
+    """`what` for people; when the name is not UTF-8, `what`_b64 beside it, to find it again."""
+    name = os.fsencode(path)
+    shown = printable(path)
+    if shown.encode() == name:
+        return {what: shown}
+    return {what: shown, f"{what}_b64": base64.b64encode(name).decode()}
+
+
+def path_of(record: Record, what: str) -> Path:
+    settings = record["settings"]
+    name = settings.get(f"{what}_b64")
+    return Path(settings[what] if name is None else os.fsdecode(base64.b64decode(name)))
 
 
 def printable(path: str | Path) -> str:
@@ -68,7 +84,25 @@ def read(run: Path) -> Record:
         ) from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ArtefactMismatch(f"{path} is not a run record of schema {SCHEMA}")
+    _refuse_damaged(path, record)
     return record
+
+
+def _refuse_damaged(path: Path, record: Record) -> None:
+    identity, settings = record.get("identity"), record.get("settings")
+    counts = (record.get("shard_size"), record.get("image_count"))
+    whole = (
+        isinstance(identity, dict)
+        and run_identity.run_id(identity) == record.get("run_id")
+        and isinstance(settings, dict)
+        and {"model", "images", "engine", "device"} <= settings.keys()
+        and all(isinstance(n, int) and n >= 1 for n in counts)
+    )
+    if not whole:
+        raise ArtefactMismatch(
+            f"{path} was changed or damaged: its parts do not fit its run id. Put the right file "
+            "back, or choose another --out"
+        )
 
 
 def begin(folder: RunFolder, record: Record, ignored: IgnoredArea) -> None:
@@ -95,11 +129,18 @@ def ignored_area(folder: RunFolder, record: Record) -> IgnoredArea:
     parts = record["identity"]["ignored"]
     mask = None
     if parts["mask"] is not None:
-        mask = read_label_png((folder.root / "ignored.png").read_bytes())
+        mask = _mask_copy(folder.root / "ignored.png")
     area = IgnoredArea(mask, tuple((r[0], r[1]) for r in parts["rows"]))
     if area.to_json() != parts:
         raise ArtefactMismatch(f"{folder.root}/ignored.png is not the mask this run was made with")
     return area
+
+
+def _mask_copy(path: Path) -> Mask:
+    try:
+        return read_label_png(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise ArtefactMismatch(f"{path} is missing; put the run's mask back there") from None
 
 
 def settled_shard_size(folder: RunFolder, identity: Mapping[str, Any], asked: int | None) -> int:

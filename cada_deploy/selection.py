@@ -31,7 +31,8 @@ class Selecting:
         policy(self.policy)
         if self.threshold is not None and self.policy != fixed.NAME:
             raise UsageError(f"--threshold belongs to --policy fixed, not to {self.policy}")
-        if self.policy != category_adaptive.NAME and (self.delta or self.scope != "dataset"):
+        given = self.delta is not None or self.scope != "dataset"
+        if self.policy != category_adaptive.NAME and given:
             raise UsageError(f"--delta and --scope belong to --policy {category_adaptive.NAME}")
 
     @property
@@ -42,7 +43,9 @@ class Selecting:
         """The policy's own Options. Raises UsageError for values that it refuses."""
         if self.policy == fixed.NAME:
             return fixed.Options() if self.threshold is None else fixed.Options(self.threshold)
-        delta = category_adaptive.parse_delta(self.delta or "0", classes.names)
+        delta = category_adaptive.parse_delta(
+            "0" if self.delta is None else self.delta, classes.names
+        )
         return category_adaptive.Options(delta, self.centroid, self.scope)
 
     def rule(self, statistics: ClassStatistics, classes: ClassSet) -> Rule:

@@ -30,6 +30,7 @@ from cada_deploy.manifests import (
     ScoredShard,
     SelectedImage,
     SelectedShard,
+    sealed,
 )
 from cada_deploy.outputs import LabelFiles
 from cada_deploy.pipeline import Pipeline
@@ -172,7 +173,7 @@ def _commit_scored(
         (path.name, size) if cache else None,
         total_seconds(seconds),
     )
-    durable.write_json(folder.scored_manifest(shard.index), manifest.to_json())
+    durable.write_json(folder.scored_manifest(shard.index), sealed(manifest.to_json()))
     return manifest
 
 
@@ -363,7 +364,7 @@ def _commit_selected(
         Counter(n for c in done for n in c.notices),
         total_seconds([clock.seconds, *(c.seconds for c in done)]),
     )
-    durable.write_json(folder.selected_manifest(index), manifest.to_json())
+    durable.write_json(folder.selected_manifest(index), sealed(manifest.to_json()))
     return manifest
 
 

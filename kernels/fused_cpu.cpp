@@ -468,8 +468,8 @@ inline int64_t count_of(uint64_t bits) { return __builtin_popcountll(bits); }
 /* 32-bit sums, one set for each lane, so that adding a pixel needs no reduction. A term is the float
  * 2^23 + q whose low bits are q; the bits of 2^23 are taken off at the end, once for each pixel. */
 struct Tally {
-  int32_t *sums;         /* (C, C, LANES), wrapping */
-  int32_t *pixels;       /* (C, LANES) */
+  uint32_t *sums;        /* (C, C, LANES), wrapping */
+  uint32_t *pixels;      /* (C, LANES) */
   uint32_t *histograms;  /* (HISTOGRAMS, C, bins) */
   uint8_t *touched;      /* (C): this class has something to flush */
   int filled;            /* vectors since the last flush: no lane has taken more pixels */
@@ -477,8 +477,8 @@ struct Tally {
 
 Tally take_tally(int64_t classes, Arena &arena) {
   Tally tally{};
-  tally.sums = arena.take<int32_t>(classes * classes * LANES);
-  tally.pixels = arena.take<int32_t>(classes * LANES);
+  tally.sums = arena.take<uint32_t>(classes * classes * LANES);
+  tally.pixels = arena.take<uint32_t>(classes * LANES);
   tally.histograms = arena.take<uint32_t>(HISTOGRAMS * classes * CADA_HISTOGRAM_BINS);
   tally.touched = arena.take<uint8_t>(classes);
   return tally;
@@ -487,35 +487,35 @@ Tally take_tally(int64_t classes, Arena &arena) {
 void flush(Tally &tally, int classes, Evidence &evidence) {
   for (int y = 0; y < classes; ++y) {
     if (!tally.touched[y]) continue;
-    int32_t *const pixels = tally.pixels + y * LANES;
+    uint32_t *const pixels = tally.pixels + y * LANES;
     for (int c = 0; c < classes; ++c) {
-      int32_t *const sums = tally.sums + (static_cast<int64_t>(y) * classes + c) * LANES;
+      uint32_t *const sums = tally.sums + (static_cast<int64_t>(y) * classes + c) * LANES;
       int64_t total = 0;
       for (int i = 0; i < LANES; ++i) {
-        total += static_cast<uint32_t>(sums[i]) - static_cast<uint32_t>(pixels[i]) * UNIT_BITS;
+        total += sums[i] - pixels[i] * UNIT_BITS;
       }
       evidence.sums[static_cast<int64_t>(y) * classes + c] += total;
-      store(sums, splat(0));
+      store(sums, splat(0u));
     }
     for (int i = 0; i < LANES; ++i) evidence.pixels[y] += pixels[i];
-    store(pixels, splat(0));
+    store(pixels, splat(0u));
     tally.touched[y] = 0;
   }
   tally.filled = 0;
 }
 
-inline Ints term(const float *value, Floats k) {
-  return (Ints)fused(load(value), k, splat(UNIT));
+inline Words term(const float *value, Floats k) {
+  return (Words)fused(load(value), k, splat(UNIT));
 }
 
 /* Every pixel of the block counts, and for one class. */
 void add_block(Tally &tally, const Block &block, int classes, const Floats *k) {
   const int y = block.label_of_all;
-  int32_t *const sums = tally.sums + static_cast<int64_t>(y) * classes * LANES;
+  uint32_t *const sums = tally.sums + static_cast<int64_t>(y) * classes * LANES;
   tally.touched[y] = 1;
-  store(tally.pixels + y * LANES, load(tally.pixels + y * LANES) + VECTORS);
+  store(tally.pixels + y * LANES, load(tally.pixels + y * LANES) + uint32_t{VECTORS});
   for (int c = 0; c < classes; ++c) {
-    Ints total = load(sums + c * LANES);
+    Words total = load(sums + c * LANES);
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) total += term(block.values + c * PIXELS + v * LANES, k[v]);
     store(sums + c * LANES, total);
@@ -529,13 +529,13 @@ void add_lanes(Tally &tally, const Block &block, int classes, int v, Floats k, u
     const int y = block.label[v * LANES + __builtin_ctz(lanes)];
     const uint32_t here = lanes & lanes_of(same(label, splat(static_cast<int32_t>(y))));
     const Mask where = mask_of(here);
-    int32_t *const sums = tally.sums + static_cast<int64_t>(y) * classes * LANES;
-    int32_t *const pixels = tally.pixels + y * LANES;
+    uint32_t *const sums = tally.sums + static_cast<int64_t>(y) * classes * LANES;
+    uint32_t *const pixels = tally.pixels + y * LANES;
     tally.touched[y] = 1;
-    store(pixels, add_where(where, load(pixels), splat(1)));
+    store(pixels, add_where(where, load(pixels), splat(1u)));
 #pragma GCC unroll 4
     for (int c = 0; c < classes; ++c) {
-      const Ints total = load(sums + c * LANES);
+      const Words total = load(sums + c * LANES);
       store(sums + c * LANES,
             add_where(where, total, term(block.values + c * PIXELS + v * LANES, k)));
     }

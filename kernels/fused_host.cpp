@@ -78,7 +78,6 @@ private:
 /* Runs work(0) .. work(workers - 1), the first one here. Fewer threads than asked for (the system
  * has no more) is no error: the others take their rows. */
 template <class Work> void run_workers(int workers, const Work &work) {
-  const PlainFloats plain;
   std::vector<std::thread> others;
   try {
     others.reserve(static_cast<size_t>(workers) - 1);
@@ -184,8 +183,9 @@ bool rule_ok(const cada_rule &rule) {
          (rule.measure != CADA_RATIO || rule.class_weights != nullptr);
 }
 
-/* No exception leaves the library. */
+/* No exception leaves the library, and no setting of the caller's enters it. */
 template <class Body> int guarded(const Body &body) {
+  const PlainFloats plain;
   try {
     return body();
   } catch (const std::bad_alloc &) {

@@ -75,7 +75,8 @@ CADA_PIXEL float fused(float a, float b, float c) {
 /* ---- exp ---------------------------------------------------------------------------------------
  * d <= 0 -> e^d = 2^n e^r, n = round(d / ln 2), |r| <= ln 2 / 2. Degree 5, constant term exactly 1
  * so that the winner's e is exactly 1; the coefficients are a minimax fit of relative error on
- * that range after rounding to float (measured: 1.9e-7 relative, tests/kernels/test_pixel_maths.py). */
+ * that range after rounding to float. Over all floats the relative error is at most 1.96e-7, near -17,
+ * where n ln 2 in one float is the larger part of it (tests/kernels/test_pixel_maths.py). */
 constexpr float EXP_1 = 9.999997070e-01f;
 constexpr float EXP_2 = 4.999914919e-01f;
 constexpr float EXP_3 = 1.666763658e-01f;
@@ -105,8 +106,8 @@ CADA_PIXEL float exp_n(float d) {
 /* ---- ln ----------------------------------------------------------------------------------------
  * Any normal positive x = 2^k m, m in [sqrt 1/2, sqrt 2): Cephes logf (Moshier), coefficients and
  * the split of ln 2 (0.693359375 - 2.12194440e-4) as there. Below 1 the exponent k is negative and
- * nothing else changes. Measured against float64: 1.2e-7 relative (absolute below 1e-30 at x = 1,
- * where it is exactly 0), from 2^-126 to FLT_MAX. */
+ * nothing else changes. Relative error at most 8.0e-8 from 2^-126 to FLT_MAX; exactly 0 at 1.
+ * LN_Tn is the coefficient of t^n. */
 constexpr uint32_t SQRT_HALF_BITS = 0x3F3504F3u;
 constexpr float LN_T11 = 7.0376836292e-2f;
 constexpr float LN_T10 = -1.1514610310e-1f;

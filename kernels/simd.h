@@ -23,12 +23,16 @@ constexpr int LANES = 4;
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4))); /* where sums may wrap */
 
 inline Floats splat(float x) { return x - Floats{}; }
 inline Ints splat(int32_t x) { return x - Ints{}; }
+inline Words splat(uint32_t x) { return x - Words{}; }
 
 inline Floats load(const float *from) { return *reinterpret_cast<const Floats *>(from); }
 inline Ints load(const int32_t *from) { return *reinterpret_cast<const Ints *>(from); }
+inline Words load(const uint32_t *from) { return *reinterpret_cast<const Words *>(from); }
+inline void store(uint32_t *to, Words x) { *reinterpret_cast<Words *>(to) = x; }
 inline void store(float *to, Floats x) { *reinterpret_cast<Floats *>(to) = x; }
 inline void store(int32_t *to, Ints x) { *reinterpret_cast<Ints *>(to) = x; }
 inline Floats load_anywhere(const float *from) {
@@ -63,8 +67,8 @@ inline Ints pick(Mask where, Ints yes, Ints no) {
 inline Floats keep(Mask where, Floats x) { return _mm512_maskz_mov_ps(where, x); }
 /* Not one masked addition: GCC would fold it into a masked store, from which the next load of the same
  * sum cannot be forwarded (measured on Zen 4: see benchmarks/results/fused_kernel.jsonl). */
-inline Ints add_where(Mask where, Ints total, Ints x) {
-  return total + (Ints)_mm512_maskz_mov_epi32(where, (__m512i)x);
+inline Words add_where(Mask where, Words total, Words x) {
+  return total + (Words)_mm512_maskz_mov_epi32(where, (__m512i)x);
 }
 inline uint32_t lanes_of(Mask mask) { return mask; }
 inline Mask mask_of(uint32_t lanes) { return static_cast<Mask>(lanes); }
@@ -95,7 +99,7 @@ inline Mask greater(Floats a, Floats b) { return (Mask)(a > b); }
 inline Mask at_least(Floats a, Floats b) { return (Mask)(a >= b); }
 inline Mask same(Floats a, Floats b) { return (Mask)(a == b); }
 inline Mask same(Ints a, Ints b) { return (Mask)(a == b); }
-inline Ints add_where(Mask where, Ints total, Ints x) { return total + (x & where); }
+inline Words add_where(Mask where, Words total, Words x) { return total + (x & (Words)where); }
 inline Floats keep(Mask where, Floats x) { return (Floats)((Ints)x & where); }
 inline void store_bytes(uint8_t *to, Ints x) {
   for (int i = 0; i < LANES; ++i) to[i] = static_cast<uint8_t>(x[i]);
@@ -195,14 +199,13 @@ inline Floats exp_n(Floats d) {
   p = fused(p, r, splat(EXP_2));
   p = fused(p, r, splat(EXP_1));
   p = fused(p, r, splat(1.0f));
-  return keep(greater(d, splat(EXP_CUT)), (Floats)((Ints)p + ((Ints)k << 23)));
+  return keep(greater(d, splat(EXP_CUT)), (Floats)((Words)p + ((Words)k << 23)));
 }
 
 inline Floats ln_n(Floats x) {
-  const Ints u = (Ints)x - static_cast<int32_t>(SQRT_HALF_BITS);
-  const Floats k = __builtin_convertvector(u >> 23, Floats);
-  const Floats t =
-      (Floats)((u & 0x7FFFFF) + static_cast<int32_t>(SQRT_HALF_BITS)) - 1.0f;
+  const Words u = (Words)x - SQRT_HALF_BITS;
+  const Floats k = __builtin_convertvector((Ints)u >> 23, Floats);
+  const Floats t = (Floats)((u & 0x7FFFFFu) + SQRT_HALF_BITS) - 1.0f;
   const Floats t2 = t * t;
   Floats y = splat(LN_T11);
   y = fused(y, t, splat(LN_T10));

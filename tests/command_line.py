@@ -55,9 +55,12 @@ def command(*arguments: Argument | bytes) -> list[str | bytes]:
 
 def child_environment(**more: str) -> dict[str, str]:
     """Warnings stay errors in the child too; the working tree comes first on the path."""
+    # A signal can come between open() and its `with`: that file is closed by the collector, and
+    # Python would write a remark about it.
+    warnings = "error,ignore::ResourceWarning"
     known = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(ROOT), *([known] if known else [])])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **more}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": warnings, **more}
 
 
 def child(*arguments: Argument | bytes, **options: Any) -> Ran:

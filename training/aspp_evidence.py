@@ -8,9 +8,10 @@ A branch W (C, channels, 3, 3) that data never touched has no structure: its cla
 uncorrelated, its nine taps are uncorrelated, and every class, tap and input channel carries the
 same energy. One that was trained has all of these: a softmax loss pulls classes apart (its gradient
 sums to zero over them), neighbouring taps see nearly the same features, and active channels move
-more. These tests do not depend on W's scale, so a branch that a project decayed without training it
-is still told apart. Each statistic is turned into a z value, which is standard normal for a branch
-of independent normal draws.
+more. PyTorch's SGD leaves a parameter without a gradient alone, weight decay included, so an unused
+branch keeps its std of 0.01; but the tests do not depend on the scale, and a branch that a project
+did decay without training it is still told apart. Each statistic is turned into a z value, which is
+standard normal for a branch of independent normal draws.
 
 What it cannot see: a file whose two unused branches were taken from another, trained head.
 """
@@ -52,6 +53,8 @@ class AsppEvidence:
     z_kurtosis: float  # against 3
     z_classes: float  # correlation between classes
     z_taps: float  # correlation between the nine taps
+    z_pairs: float  # correlation between the C x 9 pairs of class and tap
+    z_spectrum: float  # their strongest common direction over input channels
     z_class_energy: float
     z_tap_energy: float
     z_channel_energy: float
@@ -64,6 +67,8 @@ class AsppEvidence:
         return max(
             self.z_classes,
             self.z_taps,
+            self.z_pairs,
+            self.z_spectrum,
             self.z_class_energy,
             self.z_tap_energy,
             self.z_channel_energy,
@@ -111,12 +116,15 @@ def branch_evidence(
     classes, channels, rows, columns = w.shape
     taps = rows * columns
     std = float(variance.sqrt())
+    pairs = unit.permute(0, 2, 3, 1).reshape(classes * taps, channels)
     z = {
         "z_mean": float(mean) / std * n**0.5,
         "z_std": (std / HEAD_STD - 1) * (2 * n) ** 0.5,
         "z_kurtosis": (kurtosis - 3) / (24 / n) ** 0.5,
         "z_classes": _correlation_z(unit.reshape(classes, -1)),
         "z_taps": _correlation_z(unit.reshape(classes * channels, taps).T),
+        "z_pairs": _correlation_z(pairs),
+        "z_spectrum": _spectrum_z(pairs),
         "z_class_energy": _evenness_z(energy.sum((1, 2, 3)), n // classes),
         "z_tap_energy": _evenness_z(energy.sum((0, 1)).flatten(), n // taps),
         "z_channel_energy": _evenness_z(energy.sum((0, 2, 3)), n // channels),
@@ -127,13 +135,11 @@ def branch_evidence(
     )
 
 
-def _constant(
-    head: str, branch: int, mean: float, bias: torch.Tensor, fan_in: int
-) -> AsppEvidence:
+def _constant(head: str, branch: int, mean: float, bias: torch.Tensor, fan_in: int) -> AsppEvidence:
     """All weights equal (zeroed, say): neither an initial branch nor a trained one."""
     reach = float(bias.detach().double().abs().max()) * fan_in**0.5
     nothing = dict.fromkeys(
-        ("z_mean", "z_kurtosis", "z_classes", "z_taps", "z_class_energy", "z_tap_energy",
+        ("z_mean", "z_kurtosis", "z_classes", "z_taps", "z_pairs", "z_spectrum", "z_class_energy", "z_tap_energy",
          "z_channel_energy"), 0.0)  # fmt: skip
     return AsppEvidence(
         head, branch, mean, 0.0, 0.0, z_std=-((2 * fan_in) ** 0.5), **nothing,
@@ -151,6 +157,18 @@ def _correlation_z(rows: torch.Tensor) -> float:
     return _chi_square_z(float((pairs * pairs).sum()) * m, k * (k - 1) // 2)
 
 
+def _spectrum_z(rows: torch.Tensor) -> float:
+    """rows (k, m) of unit entries: their largest squared singular value, by Tracy and Widom's law.
+
+    The most sensitive of all: a common direction with 0.3 % of the energy stands out.
+    """
+    k, m = rows.shape
+    largest = float(torch.linalg.eigvalsh(rows @ rows.T)[-1])
+    a, b = (k - 1) ** 0.5, m**0.5
+    scaled = (largest - (a + b) ** 2) / ((a + b) * (1 / a + 1 / b) ** (1 / 3))
+    return (scaled + 1.2065) / 1.2680  # the law's own mean and standard deviation
+
+
 def _evenness_z(sums: torch.Tensor, m: int) -> float:
     """sums (k,) of m squared entries each, m expected: the spread of k chi-square variables."""
     k = len(sums)
@@ -160,7 +178,7 @@ def _evenness_z(sums: torch.Tensor, m: int) -> float:
     if k < 100:
         return _chi_square_z(spread, k - 1)
     # Few entries a channel (C x 9): a chi-square's own kurtosis widens the spread by 12/m.
-    return (spread - (k - 1)) / (k * (2 + 12 / m)) ** 0.5
+    return float((spread - (k - 1)) / (k * (2 + 12 / m)) ** 0.5)
 
 
 def _chi_square_z(value: float, k: int) -> float:
@@ -184,9 +202,7 @@ def _verdict(z: Mapping[str, float], bias_reach: float) -> Verdict:
     return "untrained" if untouched else "undecidable"
 
 
-def head_evidence(
-    tensors: Mapping[str, torch.Tensor], head: str
-) -> tuple[AsppEvidence, ...]:
+def head_evidence(tensors: Mapping[str, torch.Tensor], head: str) -> tuple[AsppEvidence, ...]:
     """The four branches of `head` ("layer5", "layer6") in a state dict."""
     names = [f"{head}.conv2d_list.{k}" for k in range(len(DILATIONS))]
     return tuple(
@@ -201,9 +217,7 @@ _PATTERNS: Mapping[tuple[Verdict, ...], int] = {
 }
 
 
-def decide(
-    heads: Mapping[str, Sequence[AsppEvidence]], main: Sequence[str]
-) -> AsppDecision:
+def decide(heads: Mapping[str, Sequence[AsppEvidence]], main: Sequence[str]) -> AsppDecision:
     """2 or 4 from the heads that make the scores (`main`); an auxiliary head must not contradict.
 
     An auxiliary head that was never trained says nothing; every head in `main` must speak.

@@ -1,7 +1,7 @@
 """Whose network a file holds, told from its tensors' names and shapes alone; reads no file.
 
-Names and shapes cannot say how images were prepared: BDL and CRST share all of them. `presets` lists
-what a family's projects use, for a person to choose from.
+Names and shapes cannot say how images were prepared: BDL and CRST share all of them. `presets`
+lists what a family's projects use, for a person to choose from.
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ def detect(shapes: Shapes, path: object, arch: str = "auto") -> Architecture:
     UsageError for an `arch` that does not exist.
     """
     if arch != "auto" and arch not in ARCHITECTURES:
-        raise UsageError(f"no architecture is called {arch!r}; {nearest(arch, ['auto', *ARCHITECTURES])}")
+        raise UsageError(
+            f"no architecture is called {arch!r}; {nearest(arch, ['auto', *ARCHITECTURES])}"
+        )
     found = _detected(shapes, path)
     if found is None:
         refuse_strangers(shapes, path)

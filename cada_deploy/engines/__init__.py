@@ -1,7 +1,8 @@
 """The contract of an engine: a batch in, the network's scores out.
 
 Each engine is one file with NAME (its name on the command line), `version()` and
-`open(model, device, threads) -> Engine`. A device that was asked for and cannot be had is an
+`open(model, device, threads) -> Engine`; one that runs other files than ONNX also has a
+`load_model` like that of model_files. A device that was asked for and cannot be had is an
 EnvironmentLacks error, never a quiet fall to the CPU. Engines are found by listing this folder.
 """
 
@@ -11,18 +12,21 @@ import ast
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from cada_deploy import model_files
+from cada_deploy.classes import ClassSet
 from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
 from cada_deploy.model_files import Model
+from cada_deploy.model_spec import ModelSpec
 from cada_deploy.scores import Scores
 
 # Names that the command line promises and that this version cannot run yet.
 _PLANNED = {
     "trt": "TensorRT engines are not in this version of cada-deploy",
-    "torch": "running checkpoints directly is not in this version of cada-deploy",
 }
 
 
@@ -65,11 +69,30 @@ def names() -> list[str]:
     return sorted({*engines(), *_PLANNED})
 
 
+def load_model(
+    name: str,
+    path: Path,
+    *,
+    preset: str | None = None,
+    spec_file: Path | None = None,
+    classes: ClassSet | None = None,
+    spec: ModelSpec | None = None,
+) -> Model:
+    """Read `path` as the engine `name` reads it: its own kind of file, or else ONNX."""
+    own = getattr(_module(name), "load_model", model_files.load_model)
+    model: Model = own(path, preset=preset, spec_file=spec_file, classes=classes, spec=spec)
+    return model
+
+
 def open_engine(name: str, model: Model, device: str, threads: int = 1) -> Engine:
     """Raises UsageError for an unknown name, EnvironmentLacks for one that cannot run here."""
+    engine: Engine = _module(name).open(model, device, threads)
+    return engine
+
+
+def _module(name: str) -> ModuleType:
     if name in engines():
-        engine: Engine = import_module(f"{__name__}.{engines()[name]}").open(model, device, threads)
-        return engine
+        return import_module(f"{__name__}.{engines()[name]}")
     if name in _PLANNED:
         raise EnvironmentLacks(f"--engine {name}: {_PLANNED[name]}; use --engine ort")
     raise UsageError(f"no engine is called {name!r}; {nearest(name, names())}")

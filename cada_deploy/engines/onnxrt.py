@@ -83,7 +83,7 @@ def _session(model: Model, threads: int) -> ort.InferenceSession:
     # Spinning threads would steal the cores from decoding, the fused kernel and PNG encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and said once
     source = model.content if model.content is not None else str(model.path)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -100,8 +100,9 @@ class FusedKernel(Protocol):
 
 
 def back_ends() -> list[str]:
-    """Module names of this folder, one back end each."""
-    return [m.name for m in pkgutil.iter_modules(__path__)]
+    """Module names of this folder, one back end each. The compiled library lies here, too, and to
+    Python it looks like a module of that name."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("lib")]
 
 
 def open_kernel(name: str, threads: int = 1) -> FusedKernel:

@@ -1,0 +1,154 @@
+"""Measures honestly: warm-up, rivals interleaved with us, order statistics, and rows that stay.
+
+A benchmark asks one question, prints its answer, exits 5 below its targets and, with --record,
+appends rows to benchmarks/results/<name>.jsonl. Rows are never changed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+BELOW_TARGET = 5  # exit code: a check failed
+
+
+@dataclass(frozen=True)
+class Times:
+    """Wall-clock milliseconds of one contender, in the order they were taken."""
+
+    ms: tuple[float, ...]
+
+    def quantile(self, q: float) -> float:
+        """The measured value at that rank (no interpolation)."""
+        ordered = sorted(self.ms)
+        return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+    @property
+    def median(self) -> float:
+        ordered, middle = sorted(self.ms), len(self.ms) // 2
+        return (ordered[middle] + ordered[-1 - middle]) / 2
+
+    def as_row(self) -> dict[str, float]:
+        row = {f"p{round(100 * q)}_ms": self.quantile(q) for q in (0.1, 0.9, 0.99)}
+        return {"median_ms": self.median, **row, "runs": len(self.ms)}
+
+
+def measure(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
+) -> dict[str, Times]:
+    """Times all contenders `rounds` times, taking turns, so that a slow minute of the machine falls
+    on all of them. `warm_up` rounds before are thrown away. Garbage collection waits."""
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(warm_up + rounds):
+        for name, run in contenders.items():
+            gc.collect()
+            gc.disable()
+            try:
+                start = time.perf_counter()
+                run()
+                elapsed = (time.perf_counter() - start) * 1e3
+            finally:
+                gc.enable()
+            if turn >= warm_up:
+                taken[name].append(elapsed)
+    return {name: Times(tuple(ms)) for name, ms in taken.items()}
+
+
+def ratio(slow: Times, fast: Times) -> float:
+    """The median of the ratios of pairs that were measured one after the other."""
+    pairs = tuple(a / b for a, b in zip(slow.ms, fast.ms, strict=True))
+    return Times(pairs).median
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise of this benchmark: found must be at least (or at most) `bound`."""
+
+    what: str
+    found: float
+    bound: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Written so that NaN is not met."""
+        return self.found <= self.bound if self.at_most else self.found >= self.bound
+
+    def __str__(self) -> str:
+        sign = "<=" if self.at_most else ">="
+        verdict = "ok" if self.met else "BELOW TARGET"
+        return f"{self.what:<44} {self.found:8.2f}x   target {sign} {self.bound:g}x   {verdict}"
+
+
+def verdict(targets: list[Target]) -> int:
+    """Prints every target; the exit code."""
+    for target in targets:
+        print(target)
+    return 0 if all(target.met for target in targets) else BELOW_TARGET
+
+
+def machine(packages: tuple[str, ...]) -> dict[str, Any]:
+    """What a reader needs to judge a row: processor, system, versions, commit."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("cada-deploy", "numpy", *packages)},
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+    }
+
+
+def record(name: str, rows: list[dict[str, Any]], packages: tuple[str, ...]) -> Path:
+    """Appends rows, each with the machine, the command and the time."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.jsonl"
+    stamp = {
+        "benchmark": name,
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(packages),
+    }
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**stamp, **row}) + "\n")
+    print(f"{len(rows)} rows appended to {path.relative_to(REPOSITORY)}")
+    return path
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str:
+    ran = subprocess.run(
+        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    return ran.stdout.strip()
