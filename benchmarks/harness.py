@@ -24,6 +24,8 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 BELOW_TARGET = 5  # exit code: a check failed
+SETTLE_S = 0.03
+PACKAGES = ("cada-deploy", "numpy", "torch", "onnx", "onnxruntime", "opencv-python-headless")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ def measure(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
 ) -> dict[str, Times]:
     """Times all contenders `rounds` times, taking turns, so that a slow minute of the machine falls
-    on all of them. `warm_up` rounds before are thrown away. Garbage collection waits."""
+    on all of them. `warm_up` rounds before are thrown away. Garbage collection waits, and so do we
+    before each turn: the threads of PyTorch and ONNX Runtime spin for a while after their work."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm_up + rounds):
         for name, run in contenders.items():
             gc.collect()
             gc.disable()
+            time.sleep(SETTLE_S)
             try:
                 start = time.perf_counter()
                 run()
@@ -101,7 +105,7 @@ def verdict(targets: list[Target]) -> int:
     return 0 if all(target.met for target in targets) else BELOW_TARGET
 
 
-def machine(packages: tuple[str, ...]) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What a reader needs to judge a row: processor, system, versions, commit."""
     return {
         "cpu": _cpu_model(),
@@ -110,27 +114,23 @@ def machine(packages: tuple[str, ...]) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("cada-deploy", "numpy", *packages)},
+        "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
     }
 
 
-def record(name: str, rows: list[dict[str, Any]], packages: tuple[str, ...]) -> Path:
-    """Appends rows, each with the machine, the command and the time."""
+def record(name: str, row: Mapping[str, Any]) -> None:
+    """Appends one row, with the machine, the command and the time."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.jsonl"
     stamp = {
         "benchmark": name,
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(packages),
+        "machine": machine(),
     }
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({**stamp, **row}) + "\n")
-    print(f"{len(rows)} rows appended to {path.relative_to(REPOSITORY)}")
-    return path
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**stamp, **row}) + "\n")
 
 
 def _cpu_model() -> str:

@@ -188,9 +188,7 @@ class Kernel:
             _address(confidence_map),
         )
         invalid, masked = map(int, left_out)
-        return Selection(
-            labels, predicted, selected, invalid, masked, entropy_map, confidence_map
-        )
+        return Selection(labels, predicted, selected, invalid, masked, entropy_map, confidence_map)
 
     def _call(self, function: str, *arguments: object) -> None:
         code = getattr(self._library, function)(*arguments)
@@ -326,7 +324,9 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise EnvironmentLacks(f"{path} cannot be loaded ({error}); reinstall cada-deploy") from error
+        raise EnvironmentLacks(
+            f"{path} cannot be loaded ({error}); reinstall cada-deploy"
+        ) from error
     found = library.cada_abi_version()
     if found != _ABI_VERSION:
         raise EnvironmentLacks(

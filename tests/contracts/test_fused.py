@@ -199,9 +199,7 @@ def test_evidence_is_the_references(
     truth = reference.Kernel().accumulate(
         scores, case.size, "confidence", case.mask, labels=True, entropy=True
     )
-    found = kernel.accumulate(
-        scores, case.size, "confidence", case.mask, labels=True, entropy=True
-    )
+    found = kernel.accumulate(scores, case.size, "confidence", case.mask, labels=True, entropy=True)
     assert found.labels is not None and truth.labels is not None
     assert found.entropy is not None and truth.entropy is not None
     assert found.labels.shape == found.entropy.shape == case.size
@@ -379,7 +377,14 @@ def test_encoding_of_awkward_values(kernel: FusedKernel) -> None:
 def test_probabilities_enter_as_logarithms(kernel: FusedKernel) -> None:
     inf, nan = np.inf, np.nan
     p = np.array(
-        [[1, 0, 0], [0.5, 0.25, 0.25], [1e-30, 1e-35, 1], [-0.1, 0.6, 0.5], [nan, 1, 0], [inf, 0, 0]],
+        [
+            [1, 0, 0],
+            [0.5, 0.25, 0.25],
+            [1e-30, 1e-35, 1],
+            [-0.1, 0.6, 0.5],
+            [nan, 1, 0],
+            [inf, 0, 0],
+        ],
         np.float32,
     ).T[:, None, :]
     found = kernel.encode(p, "probabilities")[:, 0]
@@ -546,7 +551,10 @@ def test_nonsense_is_refused(kernel: FusedKernel) -> None:
         (UsageError, lambda: kernel.encode(np.zeros((2, 1, 1), np.float32), "odds")),
         (UsageError, lambda: kernel.accumulate(scores, size, "literal")),
         (UsageError, lambda: kernel.accumulate(scores, (0, 5), "mean")),
-        (ArtefactMismatch, lambda: kernel.accumulate(scores, size, "mean", np.zeros((2, 2), np.uint8))),
+        (
+            ArtefactMismatch,
+            lambda: kernel.accumulate(scores, size, "mean", np.zeros((2, 2), np.uint8)),
+        ),
         (
             ArtefactMismatch,
             lambda: kernel.accumulate(
