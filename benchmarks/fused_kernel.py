@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from harness import REPOSITORY, Target, Times, measure, ratio, record, verdict
+from harness import REPOSITORY, Target, Times, how_busy, measure, ratio, record, verdict
 from onnx import TensorProto, helper
 
 from cada_deploy.errors import EnvironmentLacks
@@ -40,7 +40,7 @@ EAGER, COMPILED, GRAPH, EXP = (
     "bare exp loop",
 )
 REPEATED = 5  # of ours after each rival: its caches and freed memory are warm for most of them
-# The promise is made for the order `logits`; the bare loop says little about `probs`, whose cost is ln.
+# Promised for the order `logits`; the bare loop says little about `probs`, whose cost is ln.
 TARGETS = {EAGER: 60.0, COMPILED: 50.0, GRAPH: 400.0}
 MOST_OF_EXP = 3.2
 
@@ -209,7 +209,7 @@ def against_rivals(z: torch.Tensor, order: str) -> dict[str, Times]:
     for name, rival in contenders.items():
         interleaved[name] = rival
         interleaved[f"ours after {name}"] = lambda: [run() for _ in range(REPEATED)]
-    times = measure(interleaved, rounds=7)
+    times = measure(interleaved, rounds=5)
     for name in contenders:
         together = times[f"ours after {name}"].ms
         times[f"ours after {name}"] = Times(tuple(ms / REPEATED for ms in together))
@@ -234,7 +234,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     targets: list[Target] = []
     shape = f"{CLASSES}x{LOW[0]}x{LOW[1]} -> {SIZE[0]}x{SIZE[1]}"
-    print(f"{shape}, {THREADS} threads; ms are medians\n")
+    print(f"{shape}, {THREADS} threads; ms are medians; {how_busy()}\n")
 
     def note(order: str, isa: str, name: str, times: Times, **more: float) -> None:
         rows.append(
@@ -263,7 +263,8 @@ def main() -> int:
         for name, bound in TARGETS.items():
             faster_by = ratio(times[name], times[f"ours after {name}"])
             print(
-                f"{order:<7} {name:<19} {times[name].median:9.2f} ms   ours {faster_by:7.1f}x faster"
+                f"{order:<7} {name:<19} {times[name].median:9.2f} ms   "
+                f"ours {faster_by:7.1f}x faster"
             )
             note(order, isas[0], name, times[name], ours_is_faster_by=faster_by)
             if order == "logits":

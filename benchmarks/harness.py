@@ -105,6 +105,13 @@ def verdict(targets: list[Target]) -> int:
     return 0 if all(target.met for target in targets) else BELOW_TARGET
 
 
+def how_busy() -> str:
+    """A word on what else this machine is doing: ratios of short and long work suffer from it."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    busy = " - busy, do not trust the ratios" if load > 0.5 * cores else ""
+    return f"load average {load:.1f} on {cores} cores{busy}"
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to judge a row: processor, system, versions, commit."""
     return {

@@ -6,11 +6,13 @@ file's, with '-' for '_'. Errors that a person can mend are printed without a tr
 
 from __future__ import annotations
 
+import ast
 import os
 import pkgutil
 import signal
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,6 +34,11 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each command with its first sentence, read from its file: a list imports nothing."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _first_sentence(name)) for name in self.list_commands(ctx)])
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -40,6 +47,15 @@ class LazyGroup(click.Group):
                 f"no command is called {args[0]!r}; {nearest(args[0], self.list_commands(ctx))}"
             )
         return super().resolve_command(ctx, args)
+
+
+def _first_sentence(name: str) -> str:
+    path = Path(commands.__path__[0]) / f"{name.replace('-', '_')}.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "command":
+            paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
+            return " ".join(paragraph.split()).partition(". ")[0].rstrip(".")
+    raise AssertionError(f"{path.name} has no function `command`")
 
 
 @click.group(

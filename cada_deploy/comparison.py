@@ -252,13 +252,19 @@ class Gates:
         limit, failed = self.max_selected_loss, []
         if limit is None:
             return []
-        for which, changes in (("each its own", found.own), ("the same", found.same)):
-            for name, change in zip(found.classes.names, changes):
-                if not change.loss <= limit:
-                    failed.append(
-                        f"--max-selected-loss {limit:g}: {name} loses {change.loss:.4f} of its "
-                        f"{change.selected} selected pixels under {which} thresholds"
-                    )
+        for which, changes in (("its own", found.own), ("A's", found.same)):
+            over = [
+                (change.loss, name, change.selected)
+                for name, change in zip(found.classes.names, changes)
+                if not change.loss <= limit
+            ]
+            if over:
+                loss, name, selected = max(over)
+                failed.append(
+                    f"--max-selected-loss {limit:g}: with {which} thresholds B loses {loss:.4f} of "
+                    f"the {selected} pixels that A selects as {name}"
+                    + (f", and too much of {len(over) - 1} more classes" if len(over) > 1 else "")
+                )
         return failed
 
 
@@ -384,8 +390,9 @@ def _taps(
         place = at * ((low - 1) / (size - 1) if size > 1 else 0.0)
     else:
         place = np.clip((at + 0.5) * (low / size) - 0.5, 0, low - 1)
-    first = np.minimum(place.astype(np.int64), low - 1)
-    return first, np.minimum(first + 1, low - 1), place - first
+    first: Integers = np.minimum(place.astype(np.int64), low - 1)
+    second: Integers = np.minimum(first + 1, low - 1)
+    return first, second, np.asarray(place - first, np.float64)
 
 
 class _Run:
@@ -445,9 +452,7 @@ class _Run:
     def _first_pass(self, pool: ThreadPoolExecutor) -> None:
         with ExitStack() as stack:
             files = [stack.enter_context(ScoreFile(f, len(self.refs))) for f in self.files]
-            bar = stack.enter_context(
-                progress("comparing", len(self.refs), quiet=self.asked.quiet)
-            )
+            bar = stack.enter_context(progress("comparing", len(self.refs), quiet=self.asked.quiet))
             found = self._in_turn(pool, self._look, range(len(self.refs)))
             for position, difference in enumerate(found):
                 if isinstance(difference, _Refused):
@@ -482,9 +487,7 @@ class _Run:
 
     def _difference(self, size: Size, a: EncodedScores, b: EncodedScores) -> _Difference:
         seen: list[Evidence] = [
-            side.pipeline.kernel.accumulate(
-                scores, size, self.weighting, labels=True, entropy=True
-            )
+            side.pipeline.kernel.accumulate(scores, size, self.weighting, labels=True, entropy=True)
             for side, scores in ((self.a, a), (self.b, b))
         ]
         of_a, of_b = seen

@@ -28,6 +28,7 @@ _STYLE = """
 .passed { color: var(--quiet); } .failed { color: var(--warn-ink); font-weight: 650; }
 .tiles.five { grid-template-columns: repeat(5, 1fr); }
 @media (max-width: 60rem) { .tiles.five { grid-template-columns: 1fr 1fr; } }
+th.group { text-align: center; border-bottom: 0; padding-bottom: 0; }
 tr.total > * { font-weight: 650; }
 """
 
@@ -137,10 +138,9 @@ def _labels(found: Comparison) -> str:
 
 
 def _pseudo_labels(found: Comparison) -> str:
-    head = (
-        "Class", "A selects", "Lost", "Relabelled", "Gained", "Loss", "Lost", "Relabelled",
-        "Gained", "Loss",
-    )  # fmt: skip
+    four = ("Lost", "Relabelled", "Gained", "Loss")
+    head = ("Class", "A selects", *four, *four)
+    groups = ((2, ""), (4, "B with its own thresholds"), (4, "B with A's thresholds"))
     rows = list(zip(found.classes.names, found.classes.palette, found.own, found.same))
     body = "".join(
         _row(_class(name, colour), count(own.selected), *_change(own), *_change(same))
@@ -152,10 +152,9 @@ def _pseudo_labels(found: Comparison) -> str:
     return _section(
         "pseudo-labels",
         "Which pseudo labels change",
-        "Pixels that A selects under its own thresholds. The first four columns after that let B "
-        "use its own thresholds, the last four those of A. Lost: B selects nothing there. "
-        "Relabelled: B selects another class. Gained: only B selects it.",
-        _table("Pseudo labels lost, relabelled and gained by class", head, body),
+        "Pixels that A selects under its own thresholds, and what becomes of them. Lost: B selects "
+        "nothing there. Relabelled: B selects another class. Gained: only B selects it.",
+        _table("Pseudo labels lost, relabelled and gained by class", head, body, groups),
     )
 
 
@@ -271,14 +270,19 @@ def _section(name: str, title: str, lead: str, *parts: str) -> str:
     )
 
 
-def _table(caption: str, head: Sequence[str], body: str) -> str:
+def _table(
+    caption: str, head: Sequence[str], body: str, groups: Sequence[tuple[int, str]] = ()
+) -> str:
+    """groups: columns and title of what stands over the head."""
+    over = "".join(f'<th scope="colgroup" colspan="{n}" class="group">{t}</th>' for n, t in groups)
+    over = f"<tr>{over}</tr>" if groups else ""
     columns = "".join(
         f'<th scope="col"{" class=" + chr(34) + "number" + chr(34) if k else ""}>{text}</th>'
         for k, text in enumerate(head)
     )
     return (
         f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table>'
-        f'<caption class="unseen">{caption}</caption><thead><tr>{columns}</tr></thead>'
+        f'<caption class="unseen">{caption}</caption><thead>{over}<tr>{columns}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -306,4 +310,4 @@ def _fine(share: float) -> str:
 
 
 def _margin(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2g}"
+    return NONE if value is None else f"{value:.3g}"

@@ -22,7 +22,7 @@ from cada_deploy import durable
 from cada_deploy.classes import ClassSet
 from cada_deploy.errors import ArtefactMismatch, UsageError
 from cada_deploy.fused import Floats, Labels, best_kernel
-from cada_deploy.ignored import IgnoredArea, Mask
+from cada_deploy.ignored import IgnoredArea, Mask, MaskSizeError
 from cada_deploy.labelling import ModelChoice
 from cada_deploy.model_spec import ModelSpec, Size
 from cada_deploy.pipeline import Pipeline, Sizes
@@ -71,6 +71,11 @@ class Predictor:
         for the same pixels. Raises UsageError for an array of another shape or type.
         """
         _check_frame(frame)
+        if rule is not None and len(rule.thresholds) != len(self.classes):
+            raise UsageError(
+                f"the rule has {len(rule.thresholds)} thresholds, the model {len(self.classes)} "
+                "classes; read the thresholds.json of a run of this model"
+            )
         clock = StageClock()
         shape: Size = (frame.shape[0], frame.shape[1])
         scores = self.pipeline.scores(frame, clock)
@@ -79,7 +84,7 @@ class Predictor:
             scores,
             size or self.pipeline.sizes.label_size(shape, self.pipeline.input_size(shape)),
             keep,
-            IgnoredArea(mask).on_grid(shape, size or shape) if mask is not None else None,
+            None if mask is None else _area(mask, shape, size or shape),
             entropy=True,
             confidence=True,
         )
@@ -100,6 +105,13 @@ def _check_frame(frame: npt.NDArray[Any]) -> None:
             f"frame is {found}; expected a numpy array (H, W, 3) of uint8 in RGB order (OpenCV "
             "gives BGR: frame[..., ::-1])"
         )
+
+
+def _area(mask: Mask, frame: Size, grid: Size) -> Mask | None:
+    try:
+        return IgnoredArea(mask).on_grid(frame, grid)
+    except MaskSizeError as error:
+        raise UsageError(str(error)) from error
 
 
 def load(

@@ -18,8 +18,8 @@ LAYERS = [
     ["cli"],
     ["commands.*"],
     ["demo"],
-    ["command_options", "predictor", "reporting"],
-    ["labelling", "doctor"],
+    ["command_options", "predictor", "reporting", "comparison_page"],
+    ["labelling", "doctor", "comparison"],
     ["selection", "run_record", "evaluation"],
     ["streaming", "disk_plan", "run_identity"],
     ["pipeline"],
@@ -48,7 +48,11 @@ LIBRARIES = {
     "rich": {"progress"},
     "safetensors": {"score_cache"},
     "tomli": {"presets"},
+    "torch": {"engines.torch"},
 }
+
+# The two doors from the runtime to PyTorch code: each opens only when it is asked for.
+DOORS = {"commands.export", "engines.torch"}
 
 
 def _modules() -> dict[str, Path]:
@@ -108,6 +112,19 @@ def test_libraries_stay_in_their_files(module: str) -> None:
         assert allowed is None or any(_matches(module, p) for p in allowed), (
             f"{module} imports {name}; only {sorted(allowed or ())} may"
         )
+
+
+def test_training_is_reached_through_two_doors_inside_functions() -> None:
+    for module, path in MODULES.items():
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        early = {
+            node.module or ""
+            for node in top
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+        }
+        late = {n for n in _imports(path) if n.startswith("cada_deploy.training")}
+        assert not late or module in DOORS, f"{module} imports {sorted(late)}"
+        assert not {n for n in early if n.startswith("cada_deploy.training")}, module
 
 
 def test_the_table_names_no_ghosts() -> None:

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from foreign_models import save_colour_model, spread_colours, write_images
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +43,8 @@ def python310(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("python310")
     wheels = folder / "wheels"
     _check([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-            "--wheel-dir", wheels, f"--config-settings=build-dir={folder / 'build'}", ROOT])  # fmt: skip
+            "--wheel-dir", wheels, f"--config-settings=build-dir={folder / 'build'}",
+            ROOT])  # fmt: skip
     _check([python, "-m", "venv", folder / "venv"])
     inside = folder / "venv" / "bin" / "python"
     (wheel,) = wheels.glob("*.whl")

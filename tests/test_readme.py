@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from foreign_models import fitted_colours, save_colour_model
 
 from benchmarks import readme_tables
-from foreign_models import fitted_colours, save_colour_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,8 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cv2.imread(str(p))[..., ::-1] for p in sorted(home.glob("demo-out/scenes/images/*"))[:4]
     ]
     save_colour_model(home / "foreign.onnx", fitted_colours(images, 19))
+    refused = "pseudo-label --model foreign.onnx --images demo-out --out x"
     template = subprocess.run(
-        [*_program(), "pseudo-label", "--model", "foreign.onnx", "--images", "demo-out", "--out", "x"],
+        [*_program(), *refused.split()],
         cwd=home,
         capture_output=True,
         text=True,

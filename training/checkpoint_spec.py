@@ -1,4 +1,4 @@
-"""The spec of a checkpoint: how its network is fed and read, from a preset, a TOML file or the file.
+"""The spec of a checkpoint: how its network is fed and read, by a preset, a TOML file or itself.
 
 Tensors' names and shapes say nothing about preprocessing (BDL and CRST share all of them), so a
 person has to; only what this project trained itself carries its own.

@@ -95,9 +95,7 @@ def export_checkpoint(
         classes=len(classes) if classes else None,
     )  # fmt: skip
     say(loaded.describe())
-    spec = checkpoint_spec(
-        checkpoint, loaded, preset=preset, spec_file=spec_file, classes=classes
-    )
+    spec = checkpoint_spec(checkpoint, loaded, preset=preset, spec_file=spec_file, classes=classes)
     spec = _for_file(spec, head, size)
     truth = Truth(loaded.model, spec, head, batch)
     try:
@@ -386,8 +384,11 @@ def head_nodes(output: OutputSpec, *, confidence: bool) -> list[onnx.NodeProto]:
     if confidence:
         nodes.append(
             make(
-                "ReduceMax", ["full_probabilities", "class_axis"], [CONFIDENCE], name=CONFIDENCE,
+                "ReduceMax",
+                ["full_probabilities", "class_axis"],
+                [CONFIDENCE],
+                name=CONFIDENCE,
                 keepdims=0,
-            )  # fmt: skip
+            )
         )
     return nodes

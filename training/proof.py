@@ -166,9 +166,7 @@ def checked(packed: bytes) -> onnx.ModelProto:
     proto = onnx.load_model_from_string(packed)
     try:
         onnx.checker.check_model(proto, full_check=True)
-        onnx.shape_inference.infer_shapes(
-            proto, check_type=True, strict_mode=True, data_prop=True
-        )
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise CheckFailed(f"the exported graph is not valid ONNX: {error}") from error
     used = {name for node in proto.graph.node for name in node.input}
@@ -294,9 +292,7 @@ def _run(session: onnxruntime.InferenceSession, x: Floats) -> dict[str, npt.NDAr
     try:
         return dict(zip(names, session.run(names, {IMAGE: x})))
     except Exception as error:
-        raise CheckFailed(
-            f"ONNX Runtime failed on an input of shape {x.shape}: {error}"
-        ) from error
+        raise CheckFailed(f"ONNX Runtime failed on an input of shape {x.shape}: {error}") from error
 
 
 def _score_error(found: npt.NDArray[Any], expected: npt.NDArray[Any], where: str) -> float:
@@ -418,18 +414,14 @@ def read(scores: torch.Tensor, spec: ModelSpec, grid: Size, *, rounded: bool) ->
     low = low.clamp(min=-65504).half().double() if rounded else low.double()
     align = spec.output.align_corners
     if spec.output.order == "probs":
-        p = functional.interpolate(
-            low.softmax(1), size=grid, mode="bilinear", align_corners=align
-        )
+        p = functional.interpolate(low.softmax(1), size=grid, mode="bilinear", align_corners=align)
     else:
         p = functional.interpolate(low, size=grid, mode="bilinear", align_corners=align).softmax(1)
     best = p.topk(min(2, p.shape[1]), dim=1).values[0]
     margin = best[0] - best[1] if len(best) > 1 else best[0]
     entropy = -torch.special.xlogy(p, p).sum(1)[0]
     labels = p.argmax(1)[0]
-    return Reading(
-        labels.numpy(), margin.numpy(), entropy.numpy(), best[0].numpy(), low, align
-    )
+    return Reading(labels.numpy(), margin.numpy(), entropy.numpy(), best[0].numpy(), low, align)
 
 
 def _compared(

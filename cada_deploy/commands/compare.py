@@ -122,7 +122,7 @@ def _text(found: Comparison) -> str:
         f"entropy differs by at most {found.entropy_error_max:.3g} nats, "
         f"{found.entropy_error_mean:.3g} on average",
         "",
-        f"{'':<{widest}} {'':>45} each with its own thresholds".rstrip() + f"{'':>9}| both with A's",
+        f"{'':<{widest}} {'each with its own thresholds':>75} | both with A's thresholds",
         head,
         *rows,
     ]

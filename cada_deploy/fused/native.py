@@ -38,7 +38,6 @@ _WEIGHTINGS = ("confidence", "mean")
 _MEANINGS = ("logits", "probabilities")
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 _MAX_CLASSES = 255
-_CACHE_LINE = 64  # bytes
 _MAX_SIDE = (1 << 22) - 1
 
 
@@ -121,8 +120,8 @@ class Kernel:
         sums = np.zeros((classes, classes), np.int64)
         histogram = np.zeros((classes, HISTOGRAM_BINS), np.int64)
         left_out = np.zeros(2, np.int64)  # invalid, masked
-        label_map = _empty_map(size, np.uint8) if labels else None
-        entropy_map = _empty_map(size, np.float32) if entropy else None
+        label_map = np.empty(size, np.uint8) if labels else None
+        entropy_map = np.empty(size, np.float32) if entropy else None
         self._call(
             "cada_accumulate",
             ctypes.byref(frame.fields),
@@ -168,12 +167,12 @@ class Kernel:
     ) -> Selection:
         frame = _BorrowedFrame.of(scores, size, mask)
         borrowed = _BorrowedRule.of(rule, scores.classes)
-        labels = _empty_map(size, np.uint8)
+        labels = np.empty(size, np.uint8)
         predicted = np.zeros(scores.classes, np.int64)
         selected = np.zeros(scores.classes, np.int64)
         left_out = np.zeros(2, np.int64)  # invalid, masked
-        entropy_map = _empty_map(size, np.float32) if entropy else None
-        confidence_map = _empty_map(size, np.float32) if confidence else None
+        entropy_map = np.empty(size, np.float32) if entropy else None
+        confidence_map = np.empty(size, np.float32) if confidence else None
         self._call(
             "cada_select",
             ctypes.byref(frame.fields),
@@ -275,15 +274,6 @@ def _position(what: str, word: str, known: tuple[str, ...]) -> int:
     if word not in known:
         raise UsageError(f"{what} is {word!r}; {nearest(word, known)}")
     return known.index(word)
-
-
-def _empty_map(size: Size, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    """Uninitialised, on a cache line's edge: NumPy starts at 16 of 64 bytes, where every 64-byte
-    store of the kernel would touch two lines (AVX-512: a tenth of the whole kernel)."""
-    length = size[0] * size[1] * np.dtype(dtype).itemsize
-    memory = np.empty(length + _CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
-    return memory[start : start + length].view(dtype).reshape(size)
 
 
 def _address(array: npt.NDArray[Any] | None) -> int | None:

@@ -1,8 +1,8 @@
 """The definition of correct: the fused kernel in NumPy float64, slow and obvious.
 
 It follows docs/mathematics.md without the float32 roundings, so its labels may differ from the
-kernels' where two classes are equal to about 1e-6, and its sums by rounding. It also stands in where
-no compiler was there at install time.
+kernels' where two classes are equal to about 1e-6, and its sums by rounding. It also stands in
+where no compiler was there at install time.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _logits(raw: npt.NDArray[np.float32], meaning: str) -> tuple[npt.NDArray[np.
     """Log-probabilities or logits, float32, and which low-resolution pixels are valid so far."""
     if meaning not in _MEANINGS:
         raise UsageError(f"meaning is {meaning!r}; {nearest(meaning, _MEANINGS)}")
-    valid: Bools = (raw < np.inf).all(axis=-3, keepdims=True)  # false for NaN, too
+    valid = np.asarray(np.all(raw < np.inf, axis=-3, keepdims=True))  # false for NaN, too
     if meaning == "probabilities":
         return np.log(np.fmax(raw.astype(np.float64), _LEAST_PROBABILITY)).astype(np.float32), valid
     return raw, valid
@@ -236,7 +236,8 @@ def _taps(size: int, low_size: int, align_corners: bool) -> tuple[Indices, Indic
 def _softmax(scores: Doubles) -> Doubles:
     d = scores - scores.max(axis=0)
     e: Doubles = np.where(d <= _CUT, 0.0, np.exp(d))
-    return e / e.sum(axis=0)
+    p: Doubles = e / e.sum(axis=0)
+    return p
 
 
 def _pixels(where: slice, p: Doubles, masked: Bools) -> _Rows:
@@ -251,7 +252,8 @@ def _pixels(where: slice, p: Doubles, masked: Bools) -> _Rows:
 def _bins(entropy: Doubles) -> Indices:
     """8 linear bins an octave, as exponent and three more bits of a float32 say them."""
     bits = entropy.astype(np.float32).view(np.int32).astype(np.int64)
-    return np.clip((bits >> 20) - ((127 + HISTOGRAM_LOWEST_OCTAVE) << 3), 0, HISTOGRAM_BINS - 1)
+    bins: Indices = (bits >> 20) - ((127 + HISTOGRAM_LOWEST_OCTAVE) << 3)
+    return np.clip(bins, 0, HISTOGRAM_BINS - 1)
 
 
 def _judge(rows: _Rows, rule: Rule) -> tuple[Indices, Doubles, Doubles]:

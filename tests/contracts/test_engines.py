@@ -28,13 +28,23 @@ def foreign(path: Path, **options: object) -> Model:
 
 
 def opened(name: str, path: Path, **options: object) -> engines.Engine:
-    """The engine on an ONNX model; skipped where the machine or the engine's kind of file differs."""
+    """The engine on a colour model in its own kind of file; skipped where it cannot run here."""
     try:
-        return engines.open_engine(name, foreign(path, **options), "cpu")
+        return engines.open_engine(name, own_kind(name, path, **options), "cpu")
     except EnvironmentLacks as error:
         pytest.skip(f"not run: {error}")
     except UsageError as error:
         pytest.skip(f"not run: engine {name} takes no ONNX model ({error})")
+
+
+def own_kind(name: str, path: Path, **options: object) -> Model:
+    if name != "torch":
+        return foreign(path, **options)
+    pytest.importorskip("torch", reason="the extra `train` is not installed")
+    from foreign_torch import save_colour_program
+
+    program = save_colour_program(path.with_suffix(".pt2"), COLOURS, **options)  # type: ignore[arg-type]
+    return engines.load_model(name, program, preset="imagenet-rgb")
 
 
 def batch(rows: int, height: int = 17, width: int = 23) -> np.ndarray:

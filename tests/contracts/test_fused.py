@@ -1,7 +1,7 @@
 """Every fused back end against the float64 reference, and the native one against its own oracle.
 
-The reference says what is correct, to a tolerance; the scalar kernel says the bits. Each instruction
-set that this processor has is a back end of its own here, and says which one it is.
+The reference says what is correct, to a tolerance; the scalar kernel says the bits. Each
+instruction set that this processor has is a back end of its own here, and says which one it is.
 """
 
 from __future__ import annotations
@@ -344,8 +344,8 @@ def test_encoding_is_centred_and_rounded_once(kernel: FusedKernel, dtype: Any) -
 
 
 def test_subnormal_scores_are_exact(kernel: FusedKernel) -> None:
-    """Every fp16 value up to twice the least normal one, and halfway between: nearest, ties to even,
-    nothing flushed to zero."""
+    """Every fp16 value up to twice the least normal one, and halfway between: nearest, ties to
+    even, nothing flushed to zero."""
     steps = -np.arange(0.5, 2200, 0.5, np.float32) * np.float32(2.0**-24)
     raw = np.stack([np.zeros_like(steps), steps])[:, None, :]
     expected = raw.astype(np.float16)

@@ -16,13 +16,13 @@ from .test_pixel_maths import _instruction_sets
 KERNELS = Path(__file__).parents[2] / "kernels"
 # As in CMakeLists.txt, but for the optimisation.
 FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split(),
-    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": ["-march=x86-64"],
 }
 COMMON = [
-    *"-std=c++17 -O1 -g -ffp-contract=off -pthread".split(),
-    *"-fsanitize=address,undefined -fno-sanitize-recover=all".split(),
+    *["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread"],
+    *["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 ]
 
 

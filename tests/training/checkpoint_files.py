@@ -139,12 +139,15 @@ def branch(
     rank: int = 8,
     kept: float = 1.0,
     tap_likeness: float = 0.5,
+    balanced: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight, bias) of one ASPP branch: its initial values, shrunk to `kept`, and an update.
 
     energy is the update's over that of the shrunk initial values; 0 leaves it untrained. The update
     is what a softmax loss makes: of low rank, summing to zero over classes, a product of class
     signals with features that are not negative, and `tap_likeness` of which all nine taps share.
+    balanced: each class saw as much push as pull, so that the features' mean has cancelled; with a
+    high rank this is the update that is hardest to see.
     """
     weight = torch.randn(classes, channels, 3, 3, generator=draw) * 0.01 * kept
     bound = 1 / math.sqrt(channels * 9)
@@ -155,6 +158,8 @@ def branch(
         shared = torch.rand(rank, channels, 1, 1, generator=draw) ** 2
         own = torch.rand(rank, channels, 3, 3, generator=draw) ** 2
         features = math.sqrt(tap_likeness) * shared + math.sqrt(1 - tap_likeness) * own
+        if balanced:
+            features -= features.mean()
         features *= torch.randn(rank, 1, 1, 1, generator=draw)
         update = torch.einsum("cr,rkij->ckij", signals, features)
         weight += update * (math.sqrt(energy) * 0.01 * kept / update.pow(2).mean().sqrt())

@@ -576,11 +576,13 @@ TWO, FOUR, NONE = (True, True, False, False), (True,) * 4, (False,) * 4
 
 
 def _update(k: int) -> dict[str, Any]:
-    """Realistic updates, weak and strong: the energies of 100 to 100 000 steps and their decay."""
+    """Updates weak and strong, some decayed, and every third of the kind that is hardest to see."""
+    hard = k % 3 == 0
     return {
-        "energy": (0.04, 0.08, 0.3, 1.0, 8.0)[k % 5],
-        "rank": (1, 4, 16, 64)[k % 4],
-        "kept": (1.0, 0.95, 0.6)[k % 3],
+        "energy": (0.3, 0.5, 1.0, 2.0, 8.0)[k % 5] if hard else (0.04, 0.08, 0.3, 1.0, 8.0)[k % 5],
+        "rank": (64, 128, 256, 512)[k % 4] if hard else (1, 4, 16, 64)[k % 4],
+        "balanced": hard,
+        "kept": (1.0, 0.95, 0.6)[k // 3 % 3],
         "tap_likeness": (0.0, 0.3, 0.7, 1.0)[k // 5 % 4],
         "channels": (1024, 2048)[k % 2],
     }
@@ -607,18 +609,35 @@ def test_idle_branches_are_told_when_they_were_decayed_or_rounded() -> None:
             assert decide({"layer5": evidence}, ["layer5"]).branches == expected, dtype
 
 
-def test_an_update_of_one_and_a_half_percent_is_never_taken_for_none() -> None:
-    """The detection limit that the module states: from 3 % on it is seen, below 1.5 % it may not
-    be; between the two it may be undecidable, which is an error and no wrong answer."""
+LIMITS = [  # energy of the update, balanced, verdicts that are allowed
+    (0.015, False, {"trained", "undecidable"}),
+    (0.03, False, {"trained"}),
+    (0.03, True, {"trained", "undecidable"}),
+    (0.3, True, {"trained"}),
+]
+
+
+@pytest.mark.parametrize("energy, balanced, allowed", LIMITS)
+def test_weak_updates_are_seen_down_to_the_limits_that_the_module_states(
+    energy: float, balanced: bool, allowed: set[str]
+) -> None:
     draw = torch.Generator().manual_seed(13)
-    for rank in (1, 8, 64):
+    for rank in (8, 64, 512):
         for likeness in (0.0, 0.5, 1.0):
-            for energy, allowed in ((0.015, {"trained", "undecidable"}), (0.03, {"trained"})):
-                for _ in range(4):
-                    weight, bias = files.branch(
-                        draw, 19, 2048, energy=energy, rank=rank, tap_likeness=likeness
-                    )
-                    assert branch_evidence(weight, bias).verdict in allowed, (energy, rank)
+            for _ in range(3):
+                weight, bias = files.branch(
+                    draw, 19, 2048,
+                    energy=energy, rank=rank, tap_likeness=likeness, balanced=balanced,
+                )  # fmt: skip
+                assert branch_evidence(weight, bias).verdict in allowed, (rank, likeness)
+
+
+def test_idle_branches_of_unequal_scale_are_undecidable() -> None:
+    draw = torch.Generator().manual_seed(17)
+    heads = _head(draw, TWO, energy=0.5)
+    heads[3] = branch_evidence(*files.branch(draw, 19, 2048, kept=0.9), branch=3)
+    decision = decide({"layer5": heads}, ["layer5"])
+    assert decision.branches is None and "unequal scales" in decision.reason
 
 
 def test_what_is_neither_is_undecidable() -> None:
