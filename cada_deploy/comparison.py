@@ -303,12 +303,11 @@ def _side(letter: str, path: Path, asked: Asked) -> Side:
 
 def _loaded(engine: str, path: Path, asked: Asked) -> Model:
     """--preset and --spec are for the one that has no spec of its own."""
-    if engine == "ort":
-        try:
-            return load_model(engine, path, classes=asked.classes)
-        except UsageError:
-            if not (asked.preset or asked.spec_file):
-                raise
+    try:
+        return load_model(engine, path, classes=asked.classes)
+    except UsageError:
+        if not (asked.preset or asked.spec_file):
+            raise
     return load_model(
         engine, path, preset=asked.preset, spec_file=asked.spec_file, classes=asked.classes
     )

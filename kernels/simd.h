@@ -65,8 +65,8 @@ inline Ints pick(Mask where, Ints yes, Ints no) {
   return (Ints)_mm512_mask_mov_epi32((__m512i)no, where, (__m512i)yes);
 }
 inline Floats keep(Mask where, Floats x) { return _mm512_maskz_mov_ps(where, x); }
-/* Not one masked addition: GCC would fold it into a masked store, from which the next load of the same
- * sum cannot be forwarded (measured on Zen 4: see benchmarks/results/fused_kernel.jsonl). */
+/* Not one masked addition: GCC 12 folds it into a masked store, from which the next load of the same
+ * sum cannot be forwarded. */
 inline Words add_where(Mask where, Words total, Words x) {
   return total + (Words)_mm512_maskz_mov_epi32(where, (__m512i)x);
 }

@@ -12,20 +12,21 @@ from torch import nn
 
 
 class ColourModel(nn.Module):
-    """Blocks of `stride` pixels averaged, then a score per colour."""
+    """Every `stride`-th pixel, then a score per colour. (torch.export refuses ceil-mode averages of
+    any size.)"""
 
     def __init__(self, colours: np.ndarray, stride: int, sharpness: float, norm: bool) -> None:
         super().__init__()
         weight, bias = linear_scores(colours, sharpness)
-        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
-        self.norm = nn.BatchNorm2d(3, eps=0.0) if norm else nn.Identity()
+        self.stride = stride
+        self.norm = nn.BatchNorm2d(3) if norm else nn.Identity()
         self.scores = nn.Conv2d(3, len(colours), 1)
         with torch.no_grad():
             self.scores.weight.copy_(torch.from_numpy(weight)[:, :, None, None])
             self.scores.bias.copy_(torch.from_numpy(bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.scores(self.norm(self.pool(x)))
+        scores: torch.Tensor = self.scores(self.norm(x[:, :, :: self.stride, :: self.stride]))
         return scores
 
 
@@ -43,7 +44,9 @@ def save_colour_program(
     network = ColourModel(colours, stride, sharpness, norm=training).train(training)
     dynamic: dict[int, object] = {} if batch else {0: torch.export.Dim("N")}
     if size is None:
-        dynamic |= {2: torch.export.Dim("H"), 3: torch.export.Dim("W")}
+        # torch.export guards against a side of one score.
+        least = {"min": stride + 1}
+        dynamic |= {2: torch.export.Dim("H", **least), 3: torch.export.Dim("W", **least)}
     image = torch.zeros(batch or 2, 3, *(size or (17, 23)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -16,7 +16,9 @@ ROWS = st.one_of(st.none(), st.integers(-30, 30))
 
 
 @given(st.integers(1, 20), st.lists(st.tuples(ROWS, ROWS), max_size=3))
-def test_rows_mean_what_a_slice_means(height: int, rows: list[tuple[int | None, int | None]]) -> None:
+def test_rows_mean_what_a_slice_means(
+    height: int, rows: list[tuple[int | None, int | None]]
+) -> None:
     area = IgnoredArea(rows=tuple(rows)).on_grid((height, 3), (height, 3))
     expected = {y for start, stop in rows for y in range(height)[start:stop]}
     if not rows:
@@ -47,7 +49,7 @@ def test_a_grid_pixel_takes_the_image_pixel_under_its_centre(
 
 def test_a_mask_of_another_size_names_both_sizes() -> None:
     area = IgnoredArea(np.zeros((4, 6), np.uint8))
-    with pytest.raises(MaskSizeError, match="5x6.*4x6"):
+    with pytest.raises(MaskSizeError, match=r"5x6.*4x6"):
         area.on_grid((5, 6), (5, 6))
 
 
@@ -69,7 +71,12 @@ def test_the_run_id_sees_which_pixels_not_which_values() -> None:
 
 
 def test_rows_are_parsed() -> None:
-    assert parse_rows(("0:16", "-120:", ":3", "4:-1")) == ((0, 16), (-120, None), (None, 3), (4, -1))
+    assert parse_rows(("0:16", "-120:", ":3", "4:-1")) == (
+        (0, 16),
+        (-120, None),
+        (None, 3),
+        (4, -1),
+    )
 
 
 @pytest.mark.parametrize("text", ["", ":", "5", "a:b", "1:2:3", "1.5:3", "1;2", "0x5:9"])

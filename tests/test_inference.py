@@ -50,9 +50,7 @@ def block_scores(row: np.ndarray, stride: int) -> np.ndarray:
     """(3, H, W) -> (C, ceil(H / stride), ceil(W / stride)) float32."""
     starts = [np.arange(0, n, stride) for n in row.shape[1:]]
     sums = np.add.reduceat(np.add.reduceat(row.astype(np.float64), starts[0], 1), starts[1], 2)
-    counts = np.add.reduceat(
-        np.add.reduceat(np.ones(row.shape[1:]), starts[0], 0), starts[1], 1
-    )
+    counts = np.add.reduceat(np.add.reduceat(np.ones(row.shape[1:]), starts[0], 0), starts[1], 1)
     return np.einsum("kc,chw->khw", WEIGHT.astype(np.float64), sums / counts).astype(np.float32)
 
 
@@ -200,7 +198,9 @@ def test_a_real_network_gives_the_same_bits_every_time(
     spec = replace(model.spec, inference=inference)
     image = street_like(48, 64, seed=6)
     found = {
-        frame_scores(open_engine("ort", model, "cpu"), spec, image, (48, 64), StageClock()).tobytes()
+        frame_scores(
+            open_engine("ort", model, "cpu"), spec, image, (48, 64), StageClock()
+        ).tobytes()
         for _ in range(4)
     }
     assert len(found) == 1

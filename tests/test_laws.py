@@ -123,7 +123,6 @@ def test_the_order_of_a_list_changes_no_byte(
     shutil.rmtree(folder)
 
 
-
 def test_another_delta_from_the_cache_equals_a_fresh_run(
     colour_model: Path, frames: Path, tmp_path: Path
 ) -> None:

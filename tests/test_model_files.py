@@ -44,7 +44,7 @@ def test_a_named_class_set_must_fit(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.onnx", 11)
     model = load_model(path, preset="imagenet-rgb", classes=BUILT_IN["camvid-11"])
     assert model.spec.classes.name == "camvid-11"
-    with pytest.raises(ArtefactMismatch, match="11 classes.*19"):
+    with pytest.raises(ArtefactMismatch, match=r"11 classes.*19"):
         load_model(path, preset="imagenet-rgb", classes=CITYSCAPES_19)
 
 

@@ -150,7 +150,9 @@ def _check_labels(stated: list[Statement], full: list[np.ndarray]) -> None:
 
 def _check_selection(stated: list[Statement], chosen: list[np.ndarray], out: Path) -> None:
     reference = Reference()
-    parts = [reference.accumulate(s.scores, s.labels.shape, "confidence").statistics for s in stated]
+    parts = [
+        reference.accumulate(s.scores, s.labels.shape, "confidence").statistics for s in stated
+    ]
     evidence = merged(parts, stated[0].scores.classes, "confidence")
     thresholds = category_adaptive.rule(evidence, Options()).thresholds
     rows = read(out / "thresholds.json")["classes"]

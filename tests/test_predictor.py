@@ -72,14 +72,18 @@ def test_size_and_mask(predictor: Predictor) -> None:
 def test_many_threads_share_one_predictor(predictor: Predictor) -> None:
     expected = [predictor.predict(frame(k)).labels.tobytes() for k in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda k: predictor.predict(frame(k % 4)).labels.tobytes(), range(16)))
+        found = list(
+            pool.map(lambda k: predictor.predict(frame(k % 4)).labels.tobytes(), range(16))
+        )
     assert found == expected * 4
 
 
 def test_threads_change_no_byte(predictor: Predictor, colour_model: Path) -> None:
     many = cada_deploy.load(colour_model, preset="imagenet-rgb", threads=3)
     for k in range(2):
-        assert many.predict(frame(k)).labels.tobytes() == predictor.predict(frame(k)).labels.tobytes()
+        assert (
+            many.predict(frame(k)).labels.tobytes() == predictor.predict(frame(k)).labels.tobytes()
+        )
 
 
 @pytest.mark.parametrize(
@@ -97,9 +101,9 @@ def test_a_frame_of_another_shape_is_refused(predictor: Predictor, bad: object) 
 
 
 def test_a_mask_or_rule_that_does_not_fit_is_refused(predictor: Predictor) -> None:
-    with pytest.raises(UsageError, match="48x64.*10x10"):
+    with pytest.raises(UsageError, match=r"48x64.*10x10"):
         predictor.predict(frame(0), mask=np.zeros((10, 10), np.uint8))
-    with pytest.raises(UsageError, match="2 thresholds.*6 classes"):
+    with pytest.raises(UsageError, match=r"2 thresholds.*6 classes"):
         predictor.predict(frame(0), rule=Rule("entropy", "<", (0.1, 0.2)))
 
 

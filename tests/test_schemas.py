@@ -49,8 +49,9 @@ def runs(
     poisoned = save_colour_model(folder / "p.onnx", spread_colours(6), poison=float("nan"))
     plain = ("--preset", "imagenet-rgb", "--images", images, "--allow-rejects", 1)
     ways = {
-        "rich": ("--model", colour_model, "--overlay", "--entropy", "--confidence", "--cache", "off",
-                 "--size", "32x40", "--stats-size", "20x20", "--ignore-rows", "0:3"),
+        "rich": ("--model", colour_model, "--overlay", "--entropy", "--confidence",
+                 "--cache", "off", "--size", "32x40", "--stats-size", "20x20",
+                 "--ignore-rows", "0:3"),
         "image": ("--model", colour_model, "--scope", "image", "--delta", "0.1,5%,0,0,0,0"),
         "fixed": ("--model", poisoned, "--policy", "fixed", "--label-size", "30x30"),
         "literal": ("--model", poisoned, "--centroid", "literal"),

@@ -16,9 +16,7 @@ from cada_deploy.selection import Selecting, thresholds_json
 from cada_deploy.statistics import HISTOGRAM_BINS, UNIT, ClassStatistics
 
 GOLDEN = Path(__file__).parent / "golden"
-CLASSES = ClassSet(
-    "trio", ("road", "straße", "sky"), (7, 8, 23), ((1, 2, 3), (4, 5, 6), (7, 8, 9))
-)
+CLASSES = ClassSet("trio", ("road", "straße", "sky"), (7, 8, 23), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
 
 
 def statistics() -> ClassStatistics:
@@ -26,7 +24,9 @@ def statistics() -> ClassStatistics:
     return ClassStatistics(
         "confidence",
         np.array([1000, 5000, 0], object),
-        np.array([[900 * UNIT, 90 * UNIT, 10 * UNIT + 1], [1 << 82, 1 << 82, 0], [0, 0, 0]], object),
+        np.array(
+            [[900 * UNIT, 90 * UNIT, 10 * UNIT + 1], [1 << 82, 1 << 82, 0], [0, 0, 0]], object
+        ),
         np.zeros((3, HISTOGRAM_BINS), object),
         17,
         4,

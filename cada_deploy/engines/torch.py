@@ -270,13 +270,26 @@ def _program(path: Path, content: bytes) -> Any:
         raise ArtefactMismatch(
             f"{path} is not a program that torch {version()} can load: {text}"
         ) from error
-    changed = program.graph_signature.buffers_to_mutate
-    if changed:
+    if training := _in_training(program):
         raise ArtefactMismatch(
-            f"{path.name} changes its own state ({', '.join(list(changed.values())[:3])}): it was "
-            "exported in training mode. Call model.eval() before torch.export.export"
+            f"{path.name} was exported in training mode ({training}), so its scores depend on what "
+            "else it has seen. Call model.eval() before torch.export.export"
         )
     return program
+
+
+def _in_training(program: Any) -> str:
+    """What shows that the program was exported in training mode; empty when nothing does."""
+    changed = list(program.graph_signature.buffers_to_mutate.values())
+    if changed:
+        return f"it changes {changed[0]}"
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for place, argument in enumerate(schema.arguments if schema else ()):
+            given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if argument.name in ("training", "train") and given is True:
+                return str(node.target)
+    return ""
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_a_module_declares_its_name(name: str) -> None:
         module = importlib.import_module(f"cada_deploy.engines.{engines.engines()[name]}")
     except EnvironmentLacks as error:
         pytest.skip(f"not run: {error}")
-    assert module.NAME == name
+    assert name == module.NAME
     assert callable(module.open) and re.match(r"\d+\.\d+", module.version())
 
 
@@ -140,7 +140,7 @@ def test_a_device_that_is_not_there_is_an_error_never_the_cpu(
 
 def test_an_unknown_engine_is_refused_and_a_planned_one_is_lacking(tmp_path: Path) -> None:
     model = foreign(tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match="no engine is called 'ortt'.*did you mean 'ort'"):
+    with pytest.raises(UsageError, match=r"no engine is called 'ortt'.*did you mean 'ort'"):
         engines.open_engine("ortt", model, "cpu")
     for name in set(engines.names()) - set(engines.engines()):
         with pytest.raises(EnvironmentLacks, match="use --engine ort"):

@@ -27,7 +27,7 @@ def statistics(classes: int, seed: int) -> ClassStatistics:
 def test_the_listing_is_the_folder() -> None:
     files = {p.stem for p in Path(policies.__file__).parent.glob("*.py")} - {"__init__"}
     assert {m.__name__.rpartition(".")[2] for m in policies.policies().values()} == files
-    assert all(module.NAME == name for name, module in policies.policies().items())
+    assert all(name == module.NAME for name, module in policies.policies().items())
 
 
 @pytest.mark.parametrize("name", NAMES)

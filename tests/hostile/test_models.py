@@ -68,7 +68,9 @@ def good(tmp_path: Path) -> Path:
         ("zip", b"PK\x03\x04" + bytes(100)),
     ],
 )
-def test_a_file_that_is_no_model_is_exit_4(run: Run, tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_that_is_no_model_is_exit_4(
+    run: Run, tmp_path: Path, name: str, content: bytes
+) -> None:
     path = tmp_path / f"{name}.onnx"
     path.write_bytes(content)
     ran = run(path)
@@ -84,7 +86,9 @@ def test_a_cut_model_is_exit_4(run: Run, good: Path, share: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_model_with_flipped_bytes_never_ends_in_a_traceback(run: Run, good: Path, seed: int) -> None:
+def test_a_model_with_flipped_bytes_never_ends_in_a_traceback(
+    run: Run, good: Path, seed: int
+) -> None:
     """A flipped weight still runs (as another digest, so as another run); anything else is told."""
     dice, data = random.Random(seed), bytearray(good.read_bytes())
     for _ in range(3):
@@ -184,9 +188,11 @@ def two_inputs(path: Path) -> Path:
     return saved(
         path,
         graph(
-            [add, node], [tensor("first", *shape), tensor("second", *shape)],
-            [tensor("scores", "N", 4, "H", "W")], constants,
-        ),  # fmt: skip
+            [add, node],
+            [tensor("first", *shape), tensor("second", *shape)],
+            [tensor("scores", "N", 4, "H", "W")],
+            constants,
+        ),
     )
 
 
@@ -237,7 +243,9 @@ def test_another_channel_count_is_exit_4(run: Run, tmp_path: Path, channels: int
 
 
 @pytest.mark.parametrize("said", [11, "C"])
-def test_another_class_count_at_run_time_is_exit_4(run: Run, tmp_path: Path, said: int | str) -> None:
+def test_another_class_count_at_run_time_is_exit_4(
+    run: Run, tmp_path: Path, said: int | str
+) -> None:
     """The file promises 11 classes, or none in particular, and gives 12 on some sizes."""
     node, constants = convolved(11)
     # Pad one more class when the image is 24 rows high: classes = 11 + (H == 24).
@@ -355,7 +363,9 @@ def test_missing_weights_are_named(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "folder link", "folder", "fifo"])
-def test_weights_that_are_a_link_or_no_file_are_refused(run: Run, tmp_path: Path, kind: str) -> None:
+def test_weights_that_are_a_link_or_no_file_are_refused(
+    run: Run, tmp_path: Path, kind: str
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     secret = tmp_path / "secret" / "weights.bin"
@@ -377,7 +387,9 @@ def test_weights_that_are_a_link_or_no_file_are_refused(run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize("where", ["constant node", "subgraph", "function"])
-def test_a_traversal_is_found_wherever_a_tensor_can_hide(run: Run, tmp_path: Path, where: str) -> None:
+def test_a_traversal_is_found_wherever_a_tensor_can_hide(
+    run: Run, tmp_path: Path, where: str
+) -> None:
     """ONNX Runtime reads hard links: a tensor that our own check overlooks would be read."""
     good = external(tmp_path / "m.onnx", "weights.bin", tmp_path / "weights.bin")
     model = onnx.load(good, load_external_data=False)
@@ -629,7 +641,9 @@ def test_nan_scores_in_some_pixels_become_255_and_are_counted(run: Run, tmp_path
     assert sum(row["pixels"] for row in found["classes"]) == predicted
 
 
-def test_an_image_without_one_finite_score_is_rejected(run: Run, images: Path, tmp_path: Path) -> None:
+def test_an_image_without_one_finite_score_is_rejected(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
     """+inf everywhere: by a bias that is not finite."""
     model = onnx.load(save_colour_model(tmp_path / "m.onnx", COLOURS))
     bias = next(t for t in model.graph.initializer if t.name == "bias")

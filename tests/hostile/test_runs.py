@@ -26,9 +26,9 @@ from command_line import (
 )
 from foreign_models import save_colour_model, spread_colours, street_like, write_images
 
-from cada_deploy.rejections import REASONS
 from cada_deploy.labels import read_label_png
 from cada_deploy.model_spec import METADATA_KEY
+from cada_deploy.rejections import REASONS
 
 Run = Callable[..., Ran]
 
@@ -72,7 +72,7 @@ def label_of(out: Path, stem: str) -> np.ndarray:
     return read_label_png((out / "labels" / f"{stem}.png").read_bytes())
 
 
-# --- inputs that cannot be a run ------------------------------------------------------------------
+# --- inputs that cannot be a run -----------------------------------------------------------------
 
 
 def test_no_image_is_exit_2(run: Run, tmp_path: Path, out: Path) -> None:
@@ -117,7 +117,7 @@ def test_out_that_is_a_file_is_told(run: Run, out: Path) -> None:
     assert out.read_text() == "mine"
 
 
-# --- OUT of another run ---------------------------------------------------------------------------
+# --- OUT of another run --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_an_empty_existing_out_is_fine(run: Run, out: Path) -> None:
     assert run().code == 0
 
 
-# --- bad images -----------------------------------------------------------------------------------
+# --- bad images ----------------------------------------------------------------------------------
 
 
 def test_bad_images_are_rejected_one_by_one_and_the_run_goes_on(
@@ -264,7 +264,7 @@ def test_an_image_that_vanishes_after_scoring_does_not_matter_with_a_cache(
     assert deliverables(tmp_path / "other") == expected
 
 
-# --- sizes ------------------------------------------------------------------------------------------
+# --- sizes ---------------------------------------------------------------------------------------
 
 
 def test_images_of_many_sizes_get_labels_of_their_own_size(
@@ -301,7 +301,7 @@ def test_label_size_and_statistics_size(run: Run, images: Path, tmp_path: Path) 
     }
 
 
-# --- names ------------------------------------------------------------------------------------------
+# --- names ---------------------------------------------------------------------------------------
 
 STRANGE = [
     b"plain.png",
@@ -309,7 +309,7 @@ STRANGE = [
     b"new\nline.png",
     b"-leading-dash.png",
     b"--out.png",
-    b"quote's \"double\".png",
+    b'quote\'s "double".png',
     b"percent%s%d%%.png",
     b"back\\slash.png",
     b"$(touch owned);`id`.png",
@@ -336,7 +336,7 @@ def test_names_of_any_bytes_get_labels_of_the_same_bytes(
     assert ran.code == 0, ran.err
     labels = os.fsencode(out / "labels")
     found = {
-        os.path.relpath(os.path.join(folder, name), labels)
+        os.path.relpath(folder + b"/" + name, labels)
         for folder, _, names in os.walk(labels)
         for name in names
     }
@@ -377,7 +377,7 @@ def test_folders_and_models_with_names_that_are_no_utf8(colour_model: Path, tmp_
     assert ran.code == 6 and "Traceback" not in ran.err
 
 
-# --- ignored pixels -----------------------------------------------------------------------------------
+# --- ignored pixels ------------------------------------------------------------------------------
 
 
 def test_masked_pixels_get_no_label_and_enter_no_statistic(
@@ -447,7 +447,7 @@ def test_a_mask_that_is_no_map_of_ids_is_refused(run: Run, out: Path, tmp_path: 
     assert not out.exists()
 
 
-# --- option values --------------------------------------------------------------------------------------
+# --- option values -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_a_bad_option_is_exit_2_with_a_sentence_and_no_out(
     assert not out.exists()
 
 
-# --- damaged records ------------------------------------------------------------------------------------
+# --- damaged records -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -681,7 +681,7 @@ def test_select_into_the_input_folder_is_exit_2(run: Run, out: Path, images: Pat
     assert not (images / "again").exists()
 
 
-# --- the disk plan --------------------------------------------------------------------------------------
+# --- the disk plan -------------------------------------------------------------------------------
 
 
 def short_of_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -720,7 +720,7 @@ def test_on_refuses_a_short_disk_and_off_does_not_ask(
     assert ran.code == 0 and "score cache needs" not in ran.err
 
 
-# --- what is written ------------------------------------------------------------------------------------
+# --- what is written -----------------------------------------------------------------------------
 
 
 def test_ids_of_the_data_set_are_written_on_request(run: Run, images: Path, tmp_path: Path) -> None:

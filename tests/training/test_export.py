@@ -519,7 +519,7 @@ def test_a_whole_resnet101_in_its_projects_layout(
     assert spec.weights_sha256 == provenance["checkpoint_sha256"]
     if SOAK:
         dusk = tmp_path / "dusk"
-        scenes.write_set(scenes.TARGET_DEMO, dusk)
-        labelled = cada("pseudo-label", "--model", out, "--images", dusk, "--out", tmp_path / "o",
+        scenes.write_set(dusk, scenes.TARGET_DEMO)
+        labelled = cada("pseudo-label", "--model", out, "--images", dusk / "images", "--out", tmp_path / "o",
                         "--quiet")  # fmt: skip
         assert labelled.code == 0, labelled.err
