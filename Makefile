@@ -25,8 +25,8 @@ format: $(DEVELOPMENT)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-soak: $(DEVELOPMENT)  ## the long versions of the durability tests
-	CADA_SOAK=1 $(BIN)/python -m pytest tests/durability -x
+soak: $(DEVELOPMENT)  ## the long versions: more kills, more examples, every dusk frame, full networks
+	CADA_SOAK=1 $(BIN)/python -m pytest tests/durability tests/test_laws.py tests/test_pipeline.py tests/training
 
 bench: $(DEVELOPMENT)  ## measure against the targets; writes no row
 	$(BIN)/python benchmarks/fused_kernel.py

@@ -10,7 +10,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cada_deploy.fused import best_kernel
 from cada_deploy.ignored import IgnoredArea
 from cada_deploy.image_files import ImageRef, check_out_not_inside, check_output_names, find_images
 from cada_deploy.manifests import Rejected, RunFolder, ScoredShard, SelectedShard
-from cada_deploy.model_files import Model
+from cada_deploy.model_files import Model, check_classes
 from cada_deploy.model_spec import ModelSpec
 from cada_deploy.outputs import LabelFiles
 from cada_deploy.pipeline import Pipeline, Sizes
@@ -66,7 +66,8 @@ class ModelChoice:
             classes=self.classes,
         )
         engine = open_engine(self.engine, model, self.device, threads)
-        return model, engine
+        spec = check_classes(self.path, model.spec, engine.classes, model.classes_named)
+        return replace(model, spec=spec), engine
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def pseudo_label(options: RunOptions, say: Say) -> Outcome:
             say(f"resuming: {len(done)} of {len(shards)} shards are scored already")
         unscored = [image for shard in todo for image in shard.images]
         keep = disk_plan.keep_scores(pipeline, unscored, folder.root, options.work.cache, say)
-        run_record.begin(folder, record, options.ignored)
+        run_record.begin(folder, record, options.ignored, options.files.unwanted)
         durable.make_folder(folder.scores)
         with progress("scoring", len(unscored), quiet=options.work.quiet) as bar:
             fresh = streaming.score_shards(
@@ -211,7 +212,7 @@ def predict(options: RunOptions, say: Say) -> Outcome:
     with durable.locked(folder.root):
         shard_size = run_record.settled_shard_size(folder, identity, options.work.shard_size)
         record = run_record.new(identity, shard_size, len(images), _settings(options, {}))
-        run_record.begin(folder, record, options.ignored)
+        run_record.begin(folder, record, options.ignored, options.files.unwanted)
         sources = [(s.index, [Source(ref) for ref in s.images]) for s in plan(images, shard_size)]
         selection = _Selection(pipeline, folder, record, options.selecting, options.files)
         return selection.run(None, sources, options.work, started)
@@ -261,7 +262,7 @@ class _Selection:
     def begin_and_run(
         self, scored: Sequence[ScoredShard], sources: ShardSources, work: Work, started: float
     ) -> Outcome:
-        run_record.begin(self.folder, self.record, self.pipeline.ignored)
+        run_record.begin(self.folder, self.record, self.pipeline.ignored, self.files.unwanted)
         return self.run(scored, sources, work, started)
 
     def run(

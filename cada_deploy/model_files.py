@@ -49,6 +49,7 @@ class Model:
     input: Tensor
     output: Tensor
     batch: int | None  # a fixed batch dimension, or None
+    classes_named: bool = True  # False: a preset stands for any class set of the right size
 
     @property
     def declared_classes(self) -> int | None:
@@ -88,6 +89,7 @@ def load_model(
         input=image,
         output=scores,
         batch=image.shape[0] if image.shape else None,
+        classes_named=named,
     )
 
 
@@ -301,6 +303,7 @@ def _fitted(
             f"{path.name} takes {fixed[0]}x{fixed[1]} (HxW) but its spec says "
             f"{spec.input.size[0]}x{spec.input.size[1]}; correct input.size"
         )
+    _check_fixed(path, spec, fixed)
     filled_input: InputSpec = replace(
         spec.input, name=image.name, dtype=image.dtype, size=fixed or spec.input.size
     )
@@ -308,6 +311,21 @@ def _fitted(
     found = scores.shape[1] if scores.shape else None
     spec = replace(spec, input=filled_input, output=filled_output)
     return check_classes(path, spec, found, named_classes) if found else spec
+
+
+def _check_fixed(path: Path, spec: ModelSpec, fixed: Size | None) -> None:
+    """A fixed-size network runs at that size alone: as the window, or on the whole frame once."""
+    inference = spec.inference
+    if fixed and inference.mode == "slide" and inference.window != fixed:
+        raise ArtefactMismatch(
+            f"{path.name} takes {fixed[0]}x{fixed[1]} (HxW) only, but inference.window is "
+            f"{inference.window}; make them equal"
+        )
+    if fixed and inference.mode == "whole" and inference.scales != (1.0,):
+        raise ArtefactMismatch(
+            f"{path.name} takes {fixed[0]}x{fixed[1]} (HxW) only, so inference.scales "
+            f"{inference.scales} cannot be run; export the model with a dynamic size"
+        )
 
 
 def check_classes(path: Path, spec: ModelSpec, found: int, named: bool = True) -> ModelSpec:

@@ -39,6 +39,11 @@ class LabelFiles:
     def needs_image(self) -> bool:
         return self.overlay
 
+    @property
+    def unwanted(self) -> tuple[str, ...]:
+        """Folders below OUT that this choice does not write; an earlier one may have."""
+        return tuple(k for k in ("overlay", "confidence", "entropy") if not getattr(self, k))
+
     def encode(
         self,
         relative: bytes,

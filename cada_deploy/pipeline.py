@@ -89,6 +89,9 @@ class Pipeline:
         return Frame(ref.relative, len(data), digest, decoded.image, decoded.notices)
 
     def input_size(self, image: Size) -> Size:
+        """What the frame is resized to before it goes through the network, whole or in windows."""
+        if self.spec.inference.mode == "slide":  # then a fixed size is the window's
+            return self.sizes.input or image
         return preprocess.input_size(self.spec.input, image, self.sizes.input)
 
     def scores(self, image: npt.NDArray[np.uint8], clock: StageClock) -> EncodedScores:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,19 @@ def _refuse_damaged(path: Path, record: Record) -> None:
         )
 
 
-def begin(folder: RunFolder, record: Record, ignored: IgnoredArea) -> None:
-    """From here until `finish` the folder says that it is not finished."""
+def begin(
+    folder: RunFolder, record: Record, ignored: IgnoredArea, unwanted: Sequence[str] = ()
+) -> None:
+    """From here until `finish` the folder says that it is not finished.
+
+    unwanted names folders of an earlier selection that would contradict the coming labels.
+    """
     for path in (folder.labels, folder.shards):
         durable.make_folder(path)
     for name in ("thresholds.json", "report.html"):
         durable.remove(folder.root / name)
+    for name in unwanted:
+        shutil.rmtree(folder.root / name, ignore_errors=True)
     for leftover in folder.scores.glob("*.tmp"):  # of a killed run; this one may keep no scores
         durable.remove(leftover)
     if ignored.mask is not None:

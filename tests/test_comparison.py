@@ -63,7 +63,9 @@ def dead(path: Path) -> Path:
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         tensor.CopyFrom(
-            numpy_helper.from_array(np.full_like(numpy_helper.to_array(tensor), np.nan), tensor.name)
+            numpy_helper.from_array(
+                np.full_like(numpy_helper.to_array(tensor), np.nan), tensor.name
+            )
         )
     onnx.save(model, path)
     return path

@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from foreign_models import save_colour_model, spread_colours
+from foreign_models import save_colour_model, spread_colours, street_like
 
+from cada_deploy import presets
 from cada_deploy.classes import BUILT_IN, CITYSCAPES_19
+from cada_deploy.engines import open_engine
 from cada_deploy.errors import ArtefactMismatch
+from cada_deploy.fused import best_kernel
+from cada_deploy.labelling import ModelChoice
 from cada_deploy.model_files import load_model, metadata
-from cada_deploy.model_spec import METADATA_KEY, ModelSpec
+from cada_deploy.model_spec import METADATA_KEY, InferenceSpec, ModelSpec
+from cada_deploy.pipeline import Pipeline
+from cada_deploy.stages import StageClock
 
 
 def saved(path: Path, classes: int, **options: object) -> Path:
@@ -71,3 +78,48 @@ def test_an_initializer_listed_as_input_is_no_input(tmp_path: Path) -> None:
         )
     onnx.save(proto, path)
     assert load_model(path, preset="imagenet-rgb").input.name == "image"
+
+
+def test_a_preset_takes_any_number_of_classes_also_when_only_a_run_shows_it(
+    tmp_path: Path,
+) -> None:
+    path = save_colour_model(tmp_path / "m.onnx", spread_colours(5))
+    proto = onnx.load(path)
+    proto.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "C"
+    onnx.save(proto, path)
+    model, engine = ModelChoice(path, preset="imagenet-rgb").load()
+    assert engine.classes == 5
+    assert model.spec.classes.names == tuple(f"class-{k}" for k in range(5))
+    with pytest.raises(ArtefactMismatch, match="gives 5 classes"):
+        ModelChoice(path, preset="imagenet-rgb", classes=CITYSCAPES_19).load()
+
+
+@pytest.mark.parametrize(
+    "inference", [{"mode": "slide", "window": (24, 24), "stride": (8, 8)}, {"scales": (0.5, 1.0)}]
+)
+def test_a_fixed_size_network_refuses_other_sizes_at_once(
+    tmp_path: Path, inference: dict[str, object]
+) -> None:
+    path = save_colour_model(tmp_path / "m.onnx", spread_colours(19), size=(32, 32))
+    image, scores = presets.preset("imagenet-rgb")
+    spec = ModelSpec(CITYSCAPES_19, image, scores, InferenceSpec(**inference))
+    with pytest.raises(ArtefactMismatch, match="32x32"):
+        load_model(path, spec=spec)
+
+
+def test_a_fixed_size_network_slides_over_larger_frames(tmp_path: Path) -> None:
+    colours = spread_colours(19)
+    fixed = save_colour_model(tmp_path / "fixed.onnx", colours, stride=1, size=(32, 32))
+    free = save_colour_model(tmp_path / "free.onnx", colours, stride=1)
+    image, scores = presets.preset("imagenet-rgb")
+    slide = InferenceSpec("slide", (32, 32), (16, 16))
+    frame = street_like(48, 80, seed=1)
+    got = []
+    for path, inference in ((fixed, slide), (free, InferenceSpec())):
+        model = load_model(path, spec=ModelSpec(CITYSCAPES_19, image, scores, inference))
+        engine = open_engine("ort", model, "cpu")
+        pipeline = Pipeline(engine, best_kernel(), model.spec)
+        got.append(pipeline.scores(frame, StageClock()).array)
+    assert got[0].shape == got[1].shape == (19, 48, 80)
+    # The mean over overlapping windows may differ in the last bit of float32, before rounding.
+    assert np.abs(got[0].astype(np.float64) - got[1]).max() <= 0.07

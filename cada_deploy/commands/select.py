@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cada_deploy import command_options as shared
+from cada_deploy.errors import REJECTED_SOME
 from cada_deploy.labelling import Work, select_again
 from cada_deploy.outputs import LabelFiles
 from cada_deploy.reporting import publish_report, summary
@@ -45,4 +46,5 @@ def command(run: Path, out: Path | None, **options: Any) -> int:
     )
     publish_report(outcome)
     say(summary(outcome))
-    return 0
+    lost = [i for shard in outcome.selected for i in shard.images if i.rejected]
+    return REJECTED_SOME if lost else 0  # what RUN had rejected itself was said then

@@ -56,7 +56,7 @@ def open(model: Model, device: str, threads: int = 1) -> OnnxRuntime:
     _require(device)
     session = _session(model, threads)
     classes = model.declared_classes or _probe(session, model)
-    check_classes(model.path, model.spec, classes)
+    check_classes(model.path, model.spec, classes, model.classes_named)
     return OnnxRuntime(session, model, classes)
 
 
