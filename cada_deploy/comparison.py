@@ -26,7 +26,7 @@ from cada_deploy.errors import ArtefactMismatch, RunFailed, UsageError, nearest
 from cada_deploy.fused import UNSELECTED, Evidence, best_kernel
 from cada_deploy.image_files import ImageRef, find_images
 from cada_deploy.metrics import ConfusionMatrix, confusion_matrix, empty_matrix
-from cada_deploy.model_files import Model
+from cada_deploy.model_files import Model, check_classes
 from cada_deploy.model_spec import Size
 from cada_deploy.pipeline import Pipeline, Sizes
 from cada_deploy.policies import Rule
@@ -295,9 +295,9 @@ def _side(letter: str, path: Path, asked: Asked) -> Side:
     name = engine_of(path)
     model = _loaded(name, path, asked)
     engine = open_engine(name, model, "cpu", 1)
-    fixed = model.spec.input.size is not None
-    sizes = Sizes(input=None if fixed else asked.size)
-    pipeline = Pipeline(engine, best_kernel(1), model.spec, sizes)
+    spec = check_classes(path, model.spec, engine.classes, model.classes_named)
+    sizes = Sizes(input=None if spec.input.size else asked.size)
+    pipeline = Pipeline(engine, best_kernel(1), spec, sizes)
     return Side(letter, path, model.sha256, f"{name} {engine.version}", pipeline)
 
 

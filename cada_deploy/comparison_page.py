@@ -15,6 +15,7 @@ import numpy as np
 from cada_deploy import plots
 from cada_deploy.comparison import TIE, Change, Comparison, Picture, Side
 from cada_deploy.report_page.words import NONE, count, images, measure, name_of, percent, plain
+from cada_deploy.selection import UNITS
 
 _WIDTH = 640
 _OPEN = 3
@@ -27,7 +28,9 @@ _STYLE = """
   background: linear-gradient(90deg, #440154, #3b528b, #21918c, #5cc863, #fde725); }
 .passed { color: var(--quiet); } .failed { color: var(--warn-ink); font-weight: 650; }
 .tiles.five { grid-template-columns: repeat(5, 1fr); }
-@media (max-width: 60rem) { .tiles.five { grid-template-columns: 1fr 1fr; } }
+@media (max-width: 60rem) {
+  .tiles.five { grid-template-columns: 1fr 1fr; } .tiles.five > :last-child { grid-column: 1 / -1; }
+}
 th.group { text-align: center; border-bottom: 0; padding-bottom: 0; }
 tr.total > * { font-weight: 650; }
 """
@@ -127,7 +130,8 @@ def _labels(found: Comparison) -> str:
         )
         for name, colour, pixels, agreement, iou, threshold_a, threshold_b in rows
     )
-    head = ("Class", "Pixels in A", "B agrees", "IoU", "T of A (nats)", "T of B (nats)")
+    unit = UNITS[found.rule_a.measure]
+    head = ("Class", "Pixels in A", "B agrees", "IoU", f"T of A ({unit})", f"T of B ({unit})")
     return _section(
         "labels",
         "Labels by class",

@@ -68,9 +68,7 @@ def run_demo(out: Path, selecting: Selecting, quiet: bool, say: Say) -> DemoResu
     full = _compared(out / "predictions" / "labels", scenes, quiet)
     publish_report(
         outcome,
-        Evaluation(
-            "the scenes' own labels", _agreement(full.matrix), _agreement(selected.matrix)
-        ),
+        Evaluation("the scenes' own labels", _agreement(full.matrix), _agreement(selected.matrix)),
     )
     return DemoResult(outcome, selected, full)
 

@@ -1,4 +1,4 @@
-"""compare: its figures are those of a plain count, its gates hold, its page shows the difference."""
+"""compare: its figures are those of a plain count, its gates hold, its page shows what differs."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_a_program_with_python_objects_in_it_is_refused_unread(
     change: str, program: Path, tmp_path: Path
 ) -> None:
     path = _rewritten(program, tmp_path / "hostile.pt2", change)
-    with pytest.raises(ArtefactMismatch, match="holds Python objects.*refused"):
+    with pytest.raises(ArtefactMismatch, match=r"holds Python objects.*refused"):
         engines.load_model("torch", path, preset="imagenet-rgb")
 
 
@@ -163,7 +163,7 @@ def test_a_program_with_python_objects_in_it_is_refused_unread(
 def test_a_program_cut_short_is_refused(keep: int, program: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.pt2"
     path.write_bytes(program.read_bytes()[:keep])
-    with pytest.raises(ArtefactMismatch, match="not an exported program|can load"):
+    with pytest.raises(ArtefactMismatch, match=r"not an exported program|can load"):
         engines.load_model("torch", path, preset="imagenet-rgb")
 
 

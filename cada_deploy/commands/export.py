@@ -76,6 +76,8 @@ def _exporter() -> Any:
     try:
         from cada_deploy.training.export import export_checkpoint
     except ImportError as error:
+        if (error.name or "").startswith("cada_deploy"):
+            raise  # a fault of ours is not mended by installing something
         raise EnvironmentLacks(
             f"export needs {error.name or 'PyTorch'}; install it with: "
             "pip install 'cada-deploy[cpu,train]'"

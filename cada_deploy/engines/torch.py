@@ -164,7 +164,15 @@ def _checkpoint_model(
     from cada_deploy.training.checkpoint_spec import checkpoint_spec
     from cada_deploy.training.checkpoints import load_checkpoint
 
-    loaded = load_checkpoint(path, classes=len(classes) if classes else None)
+    try:
+        loaded = load_checkpoint(path, classes=len(classes) if classes else None)
+    except ArtefactMismatch as error:
+        if "--aspp-branches" not in str(error):
+            raise
+        raise ArtefactMismatch(
+            f"{error}\nThat option belongs to `cada-deploy export`: export the checkpoint with it, "
+            "and run the ONNX file"
+        ) from error
     if spec is None:
         spec = checkpoint_spec(path, loaded, preset=preset, spec_file=spec_file, classes=classes)
     check_classes(path, spec, loaded.classes)

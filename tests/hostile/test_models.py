@@ -278,7 +278,7 @@ def test_a_file_that_names_no_class_count_is_asked(run: Run, tmp_path: Path) -> 
         constants,
     )  # fmt: skip
     path = saved(tmp_path / "m.onnx", model)
-    ran = run(path)
+    ran = run(path, "--classes", "cityscapes-19")
     assert ran.code == 4 and ran.said("11 classes", "has 19", "--classes")
     assert run(path, "--classes", "camvid-11").code == 0
 

@@ -29,6 +29,7 @@ from cada_deploy.training.models import deeplab  # noqa: E402
 from cada_deploy.training.models.small import SmallDeepLab  # noqa: E402
 from command_line import cada, child_environment  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from cada_deploy import scenes  # noqa: E402
@@ -338,7 +339,7 @@ def test_unused_weights_and_a_missing_spec_are_caught(
     def spare(graph: onnx.GraphProto) -> None:
         graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "spare"))
 
-    with pytest.raises(CheckFailed, match="nothing reads .spare"):
+    with pytest.raises(CheckFailed, match=r"nothing reads \(spare\)"):
         proof.prove(truth, regraphed(exported.packed, spare), FRAMES)
     model = onnx.load_model_from_string(exported.packed)
     del model.metadata_props[:]
@@ -351,7 +352,7 @@ def test_a_network_that_is_not_finite_on_frames_is_refused(quick: None) -> None:
     with torch.no_grad():  # every weight is a number, and their product is none
         network.stem[0][0].weight.fill_(3e38)
     truth = proof.Truth(network, export._for_file(spec_for("imagenet-rgb"), "scores", None))
-    with pytest.raises(CheckFailed, match="network itself is not finite.*NaN or infinite"):
+    with pytest.raises(CheckFailed, match=r"network itself is not finite.*NaN or infinite"):
         export.export_network(truth, FRAMES)
 
 
@@ -482,6 +483,24 @@ def test_checkpoints_that_do_not_fit_are_exit_4(
     assert ran.code == 4 and ran.said("21 classes", "19")
 
 
+def test_undecidable_branches_name_the_option_and_where_it_belongs(
+    hollow: Path, tmp_path: Path
+) -> None:
+    state = dict(torch.load(hollow, weights_only=True))
+    draw = torch.Generator().manual_seed(9)
+    for part, value in zip(("weight", "bias"), files.branch(draw, 19, 2048)):
+        state[f"layer5.conv2d_list.1.{part}"] = value  # the second branch looks untrained
+    torch.save(state, tmp_path / "odd.pth")
+    ran = cada("export", tmp_path / "odd.pth", "-o", tmp_path / "m.onnx", "--preset", "bdl")
+    assert ran.code == 4 and ran.said("--aspp-branches 2", "layer5 branch 1")
+    frame = tmp_path / "in" / "a.png"
+    frame.parent.mkdir()
+    Image.fromarray(FRAMES[0][1]).save(frame)
+    ran = cada("pseudo-label", "--engine", "torch", "--model", tmp_path / "odd.pth", "--preset",
+               "bdl", "--images", frame.parent, "--out", tmp_path / "o")  # fmt: skip
+    assert ran.code == 4 and ran.said("That option belongs to `cada-deploy export`")
+
+
 def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
@@ -520,6 +539,6 @@ def test_a_whole_resnet101_in_its_projects_layout(
     if SOAK:
         dusk = tmp_path / "dusk"
         scenes.write_set(dusk, scenes.TARGET_DEMO)
-        labelled = cada("pseudo-label", "--model", out, "--images", dusk / "images", "--out", tmp_path / "o",
-                        "--quiet")  # fmt: skip
+        labelled = cada("pseudo-label", "--model", out, "--images", dusk / "images", "--out",
+                        tmp_path / "o", "--quiet")  # fmt: skip
         assert labelled.code == 0, labelled.err
