@@ -285,8 +285,7 @@ def main() -> int:
     print()
     code = verdict(targets)
     if arguments.record:
-        for row in rows:
-            record("fused_kernel", row)
+        record("fused_kernel", rows)
         print(f"{len(rows)} rows appended to benchmarks/results/fused_kernel.jsonl")
     return code
 

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -127,8 +127,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, row: Mapping[str, Any]) -> None:
-    """Appends one row, with the machine, the command and the time."""
+def record(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Appends the rows of one recording; they share the machine, the command and the time."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     stamp = {
         "benchmark": name,
@@ -137,7 +137,7 @@ def record(name: str, row: Mapping[str, Any]) -> None:
         "machine": machine(),
     }
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**stamp, **row}) + "\n")
+        file.writelines(json.dumps({**stamp, **row}) + "\n" for row in rows)
 
 
 def _cpu_model() -> str:
