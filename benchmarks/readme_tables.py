@@ -18,10 +18,11 @@ Row = dict[str, Any]
 
 
 def latest(results: Path, name: str) -> list[Row]:
-    """The rows of the newest recording of one benchmark."""
+    """The rows of one benchmark, each of the newest recording that measured its case."""
     lines = (results / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [row for row in rows if row["when"] == rows[-1]["when"]]
+    newest = {row.get("case", ""): row["when"] for row in rows}
+    return [row for row in rows if row["when"] == newest[row.get("case", "")]]
 
 
 def performance(results: Path) -> str:

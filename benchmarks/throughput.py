@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -139,9 +140,11 @@ def whole(model: Path, preset: str | None, images: Path, out: Path) -> float:
 def peak_mb(model: Path, preset: str | None, images: Path, out: Path) -> float:
     """Peak resident memory of a child that runs the command on these images."""
     code = (
-        "import resource, sys\nfrom cada_deploy.cli import main\n"
+        # Not ru_maxrss: that survives exec, so it would show this very process's peak.
+        "import re, sys\nfrom pathlib import Path\nfrom cada_deploy.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
-        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+        "finally:\n    status = Path('/proc/self/status').read_text()\n"
+        "    print(int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) / 1024)\n"
     )
     arguments = ["pseudo-label", "--model", str(model), "--images", str(images), "--out", str(out),
                  "--quiet", "--cache", "on"]  # fmt: skip
@@ -215,6 +218,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="append rows to the results")
     parser.add_argument("--quick", action="store_true", help="fewer images; cannot be recorded")
+    parser.add_argument("--only", choices=["runs", "memory"], help="measure that alone")
     arguments = parser.parse_args()
     if arguments.quick and arguments.record:
         parser.error("--quick figures are not recorded")
@@ -223,13 +227,21 @@ def main() -> int:
         scratch = Path(name)
         write_frames(scratch / "frames", frames)
         models = {"demo": (DEMO_MODEL, None), "colour": (colour_model(scratch), "imagenet-rgb")}
-        rows = [end_to_end(label, *m, frames, pairs, scratch) for label, m in models.items()]
-        rows.append(memory(*models["colour"], sets, scratch))
+        rows = []
+        if arguments.only != "memory":
+            rows += [end_to_end(label, *m, frames, pairs, scratch) for label, m in models.items()]
+        if arguments.only != "runs":
+            rows.append(memory(*models["colour"], sets, scratch))
     if arguments.record:
         record("throughput", rows)
-    # The promise is made for a small model; the colour model shows what is left without a network.
-    met = rows[0]["wall_of_ideal"] <= WALL_TARGET
-    return 0 if met and rows[-1]["growth_mb"] < MEMORY_TARGET_MB else BELOW_TARGET
+    return 0 if all(met(row) for row in rows) else BELOW_TARGET
+
+
+def met(row: dict[str, Any]) -> bool:
+    """The promise is made for a small model; the colour model shows what is left without one."""
+    if row["case"] == "peak memory":
+        return bool(row["growth_mb"] < MEMORY_TARGET_MB)
+    return row["target"] is None or bool(row["wall_of_ideal"] <= row["target"])
 
 
 if __name__ == "__main__":

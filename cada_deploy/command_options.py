@@ -15,6 +15,7 @@ from cada_deploy.errors import REJECTED_SOME, UsageError
 from cada_deploy.ignored import IgnoredArea, parse_rows
 from cada_deploy.labelling import ModelChoice, Outcome, Work
 from cada_deploy.labels import read_label_png
+from cada_deploy.outputs import LabelFiles
 from cada_deploy.pipeline import Sizes, parse_size
 from cada_deploy.policies.category_adaptive import SCOPES
 from cada_deploy.presets import PRESETS
@@ -48,7 +49,7 @@ def _stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 model_options = _stacked(
-    click.option("--model", type=PATH, required=True, help="ONNX model of per-class scores."),
+    click.option("--model", type=PATH, required=True, help="ONNX, or a checkpoint (torch)."),
     click.option(
         "--engine", type=click.Choice(engines.names()), default="ort", show_default=True,
         help="What runs the network.",
@@ -172,6 +173,10 @@ def selecting(options: Options) -> Selecting:
         options["scope"],
         options["threshold"],
     )
+
+
+def label_files(options: Options) -> LabelFiles:
+    return LabelFiles(options["ids"], options["overlay"], options["confidence"], options["entropy"])
 
 
 def work(options: Options) -> Work:

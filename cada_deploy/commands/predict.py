@@ -8,7 +8,6 @@ import click
 
 from cada_deploy import command_options as shared
 from cada_deploy.labelling import RunOptions, predict
-from cada_deploy.outputs import LabelFiles
 from cada_deploy.policies import fixed
 from cada_deploy.reporting import summary
 from cada_deploy.selection import Selecting
@@ -35,7 +34,7 @@ def command(**options: Any) -> int:
         Selecting(policy=fixed.NAME, threshold=0.0),
         shared.sizes(options),
         shared.ignored(options),
-        LabelFiles(options["ids"], options["overlay"], options["confidence"], options["entropy"]),
+        shared.label_files(options),
         shared.work(options),
     )
     say = shared.say(options["quiet"])

@@ -8,7 +8,6 @@ import click
 
 from cada_deploy import command_options as shared
 from cada_deploy.labelling import RunOptions, pseudo_label
-from cada_deploy.outputs import LabelFiles
 from cada_deploy.reporting import publish_report, summary
 
 
@@ -46,7 +45,7 @@ def command(**options: Any) -> int:
         shared.selecting(options),
         shared.sizes(options),
         shared.ignored(options),
-        LabelFiles(options["ids"], options["overlay"], options["confidence"], options["entropy"]),
+        shared.label_files(options),
         shared.work(options),
     )
     say = shared.say(options["quiet"])

@@ -10,7 +10,6 @@ import click
 from cada_deploy import command_options as shared
 from cada_deploy.errors import REJECTED_SOME
 from cada_deploy.labelling import Work, select_again
-from cada_deploy.outputs import LabelFiles
 from cada_deploy.reporting import publish_report, summary
 
 
@@ -33,9 +32,7 @@ def command(run: Path, out: Path | None, **options: Any) -> int:
       cada-deploy select labels-1/ --delta 0.1 --out labels-2/
     """
     say = shared.say(options["quiet"])
-    files = LabelFiles(
-        options["ids"], options["overlay"], options["confidence"], options["entropy"]
-    )
+    files = shared.label_files(options)
     outcome = select_again(
         run,
         out or run,
