@@ -11,9 +11,8 @@
 namespace cada {
 namespace {
 
-/* Of 1, 2, 3, 4 vectors two were the fastest on Zen 4 (19 classes to 2 Mpx, one thread, best of 15, before
- * prefetching: AVX-512 18.4, 18.2, 22.0, 21.8 ms; AVX2 24.6, 21.1, 22.8, 23.5): wider blocks are
- * seldom settled or of one label. */
+/* Of 1 to 4 vectors two were the fastest when it was tried on Zen 4: wider blocks are seldom settled
+ * or of one label, narrower ones do too little between their loads. */
 constexpr int VECTORS = 2;
 constexpr int PIXELS = VECTORS * LANES;
 static_assert(PIXELS <= MAX_BLOCK, "axes are padded by MAX_BLOCK");
@@ -453,8 +452,8 @@ void write_floats(float *map, const Frame &frame, const Block &block, const floa
 }
 
 /* Blocks go downwards, each output line of memory is new: ask for the next one while this block is
- * computed (AVX-512 on Zen 4, 19 classes to 2 Mpx: 19.7 ms without, 16.3 with). Inline by force: GCC takes a function that only
- * prefetches for one without effect and drops the call. */
+ * computed. Inline by force: GCC 12 takes a function that only prefetches for one without effect
+ * and drops the call. */
 __attribute__((always_inline)) inline void prefetch_below(const Maps &maps, const Frame &frame, const Block &block) {
   const int64_t below = position(frame, block) + frame.given.width;
   if (block.row + 1 >= frame.given.height) return;

@@ -75,7 +75,7 @@ CADA_PIXEL float fused(float a, float b, float c) {
 /* ---- exp ---------------------------------------------------------------------------------------
  * d <= 0 -> e^d = 2^n e^r, n = round(d / ln 2), |r| <= ln 2 / 2. Degree 5, constant term exactly 1
  * so that the winner's e is exactly 1; the coefficients are a minimax fit of relative error on
- * that range after rounding to float. Over all floats the relative error is at most 1.96e-7, near -17,
+ * that range after rounding to float. Over the floats tried the relative error is at most 1.96e-7, near -17,
  * where n ln 2 in one float is the larger part of it (tests/kernels/test_pixel_maths.py). */
 constexpr float EXP_1 = 9.999997070e-01f;
 constexpr float EXP_2 = 4.999914919e-01f;
