@@ -159,8 +159,8 @@ def exp_loop(isa: str) -> Callable[[], object]:
     x = -np.random.default_rng(0).random((THREADS, CLASSES * 128), dtype=np.float32) * 20
     y = np.empty_like(x)
     times = SIZE[0] * SIZE[1] // 128 // THREADS
-    # Each thread on a core of its own: left alone, the scheduler puts both on one for the few
-    # milliseconds that this takes (6.1 against 3.8 ms), which would flatter us.
+    # Each thread on a core of its own: unpinned the loop took much longer here, which
+    # would flatter us; both threads on one core for so short a time is the likely cause.
     cores = iter(sorted(os.sched_getaffinity(0)) * THREADS)
     pool = ThreadPoolExecutor(THREADS, initializer=lambda: os.sched_setaffinity(0, {next(cores)}))
 
@@ -195,8 +195,8 @@ def usable() -> list[str]:
 
 
 def against_rivals(z: torch.Tensor, order: str) -> dict[str, Times]:
-    """Us and the rivals of one upsample order. Each rival takes turns with us alone: ONNX Runtime's
-    spinning threads slowed PyTorch from about 640 to 880 ms when all took turns together."""
+    """Us and the rivals of one upsample order. Each rival takes turns with us alone: when all
+    took turns together PyTorch came out slower, perhaps for ONNX Runtime's spinning threads."""
     run = ours(encoded(z, order))
     times: dict[str, Times] = {}
     for name, make in rivals(z, order).items():

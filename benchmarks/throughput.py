@@ -189,7 +189,7 @@ def end_to_end(label: str, model: Path, preset: str | None, frames: int, pairs: 
         "wall_s": [round(w, 3) for w in wall],
         "ideal_s": [round(i, 3) for i in ideal],
         "wall_of_ideal": round(ratio, 4),
-        "target": WALL_TARGET if label == "demo" else None,
+        "target": WALL_TARGET,
     }
 
 
@@ -238,10 +238,11 @@ def main() -> int:
 
 
 def met(row: dict[str, Any]) -> bool:
-    """The promise is made for a small model; the colour model shows what is left without one."""
+    """Against the row's own target. The colour model, a network that costs almost nothing, is the
+    harder case: what does not scale is not hidden behind the network there."""
     if row["case"] == "peak memory":
         return bool(row["growth_mb"] < MEMORY_TARGET_MB)
-    return row["target"] is None or bool(row["wall_of_ideal"] <= row["target"])
+    return bool(row["wall_of_ideal"] <= row["target"])
 
 
 if __name__ == "__main__":

@@ -283,6 +283,15 @@ def test_a_file_that_names_no_class_count_is_asked(run: Run, tmp_path: Path) -> 
     assert run(path, "--classes", "camvid-11").code == 0
 
 
+def test_a_preset_alone_takes_the_class_count_that_a_run_shows(run: Run, tmp_path: Path) -> None:
+    node, constants = convolved(11)
+    model = graph(
+        [node], [tensor("image", "N", 3, "H", "W")], [tensor("scores", "N", "C", "h", "w")],
+        constants,
+    )  # fmt: skip
+    assert run(saved(tmp_path / "m.onnx", model)).code == 0
+
+
 def test_a_model_that_cannot_take_the_size_is_exit_4_with_a_hint(run: Run, tmp_path: Path) -> None:
     """A skip connection over a stride of 5 adds up only where 5 divides the size."""
     node, constants = convolved(4)
