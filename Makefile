@@ -41,7 +41,9 @@ $(RUNTIME): $(BIN)/python $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[cpu]"
 	touch $@
 
+# cityscapesScripts needs `typing`, which comes as source only and is built with these.
 $(DEVELOPMENT): $(RUNTIME)
+	$(PIP) "setuptools>=77" wheel
 	$(PIP) --no-build-isolation --editable ".[cpu,train,dev]"
 	touch $@
 
