@@ -25,6 +25,9 @@ LAYERS = [
     ["pipeline"],
     ["inference"],
     ["engines.*", "fused.*"],
+    ["device_arrays", "cubins"],
+    ["device.*"],
+    ["device"],
     ["engines", "outputs", "report"],
     ["report_page.sections"],
     ["fused", "model_files", "ignored", "manifests", "preprocess", "report_page.findings"],
@@ -39,12 +42,14 @@ LAYERS = [
 # Third-party libraries, each in the files that carry its name or its work.
 LIBRARIES = {
     "click": {"cli", "command_options", "commands.*"},
+    "cuda": {"device.cudacore", "cubins"},
     "cv2": {"images", "labels", "preprocess", "scenes"},
     "google": {"model_files"},
     "numpy": None,  # everywhere
     "onnx": {"model_files"},
     "onnxruntime": {"engines.onnxrt", "doctor"},
     "PIL": {"images", "labels", "preprocess", "plots"},
+    "pycuda": {"device.pycuda"},
     "rich": {"progress"},
     "safetensors": {"score_cache"},
     "tomli": {"presets"},
