@@ -1,7 +1,7 @@
 """DeviceArray: an array in a GPU's memory, C-contiguous, with the point at which it is ready.
 
-It goes out through __cuda_array_interface__ (version 3) and DLPack; arrays of PyCUDA, CuPy and torch
-come in the same ways (`borrowed`). It owns nothing but a reference to whoever does.
+It goes out through __cuda_array_interface__ (version 3) and DLPack; arrays of PyCUDA, CuPy and
+torch come in the same ways (`borrowed`). It owns nothing but a reference to whoever does.
 """
 
 from __future__ import annotations
