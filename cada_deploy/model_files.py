@@ -6,6 +6,7 @@ No inference happens here and no ONNX Runtime is imported.
 from __future__ import annotations
 
 import hashlib
+import math
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -344,3 +345,20 @@ def check_classes(path: Path, spec: ModelSpec, found: int, named: bool = True) -
 def metadata(spec: ModelSpec) -> dict[str, Any]:
     """The spec as the entry that goes into an ONNX file's metadata_props."""
     return {METADATA_KEY: spec.dumps()}
+
+
+def lowest_precision(path: Path) -> str:
+    """"int8", "float8", "float16", "bfloat16" or "float32": the narrowest kind of number that the
+    ONNX file's quantisation or the greater part of its weights is in; no check that it is used."""
+    proto = _parse(path, _read(path))
+    tensors = _all_tensors(proto)
+    named = {onnx.TensorProto.DataType.Name(t.data_type) for t in tensors}
+    if any("Quantize" in n.op_type or "Integer" in n.op_type for n in proto.graph.node):
+        return "float8" if any(name.startswith("FLOAT8") for name in named) else "int8"
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        sizes[name] = sizes.get(name, 0) + math.prod(tensor.dims)
+    floats = {n: sizes.get(n, 0) for n in ("float", "float16", "bfloat16")}
+    most = max(floats, key=lambda name: floats[name])
+    return "float32" if most == "float" else most
