@@ -34,7 +34,9 @@ from cada_deploy.presets import PRESETS
 @click.option("--classes", help="Class set of the model, such as cityscapes-19.")
 @click.option("--size", help="Network input HxW, and the size of drawn frames.")
 @click.option(
-    "--images", type=shared.PATH, help="Folder or list of frames (default: drawn scenes)."
+    "--images",
+    type=shared.PATH,
+    help="Folder or list; its first 64 images (default: drawn scenes).",
 )
 @click.option("--batch-size", type=shared.COUNT, default=1, show_default=True, help="Per run.")
 @click.option(
