@@ -26,12 +26,13 @@ import onnxruntime as ort
 import torch
 from harness import REPOSITORY, Target, Times, how_busy, measure, ratio, record, verdict
 from onnx import TensorProto, helper
+from rivals import CLASSES, LOW, SIZE, compiled, eager
+from rivals import scores as frame
 
 from cada_deploy.errors import EnvironmentLacks
 from cada_deploy.fused import native
 from cada_deploy.scores import EncodedScores, Upsampling
 
-CLASSES, LOW, SIZE = 19, (129, 257), (1024, 2048)
 THREADS = 2
 
 EAGER, COMPILED, GRAPH, EXP = (
@@ -46,44 +47,7 @@ TARGETS = {EAGER: 60.0, COMPILED: 50.0, GRAPH: 400.0}
 MOST_OF_EXP = 3.2
 
 
-def frame() -> torch.Tensor:
-    """(1, C, h, w) logits: smooth regions with noise; four taps of 65 % of the cells share their
-    winner, as in street scenes (65 to 79 %)."""
-    torch.manual_seed(0)
-    coarse = torch.randn(1, CLASSES, 9, 17) * 6
-    smooth = torch.nn.functional.interpolate(coarse, LOW, mode="bicubic", align_corners=True)
-    return (smooth + 0.7 * torch.randn(1, CLASSES, *LOW)).contiguous()
-
-
 # ---- rivals ----
-
-Work = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-def upsampled(z: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.interpolate(z, SIZE, mode="bilinear", align_corners=True)
-
-
-def by_index_add(label: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
-    rows = weighted[0].reshape(CLASSES, -1).T
-    return torch.zeros(CLASSES, CLASSES).index_add_(0, label.reshape(-1), rows)
-
-
-def by_matrix_product(label: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
-    one_hot = torch.nn.functional.one_hot(label.reshape(-1), CLASSES).float()
-    return one_hot.T @ weighted[0].reshape(CLASSES, -1).T
-
-
-def eager(order: str, class_sums: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Work:
-    def run(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        p = upsampled(z).softmax(1) if order == "logits" else upsampled(z.softmax(1))
-        entropy = -(p * torch.log(p + 1e-12)).sum(1)
-        confidence, label = p.max(1)
-        sums = class_sums(label, p * confidence[:, None])
-        pixels = torch.bincount(label.reshape(-1), minlength=CLASSES)
-        return label.to(torch.uint8), entropy, sums, pixels
-
-    return run
 
 
 def faster(one: Callable[[], object], other: Callable[[], object]) -> Callable[[], object]:
@@ -211,20 +175,13 @@ def against_rivals(z: torch.Tensor, order: str) -> dict[str, Times]:
 def rivals(z: torch.Tensor, order: str) -> dict[str, Callable[[], Callable[[], object]]]:
     """Made when their turn comes, so that none has threads about before it."""
 
-    def compiled() -> Callable[[], object]:
-        added = torch.compile(eager(order, by_index_add))
-        multiplied = torch.compile(eager(order, by_matrix_product))
-        return faster(lambda: added(z), lambda: multiplied(z))
-
     def in_onnx_runtime() -> Callable[[], object]:
         session, feed = graph(order), {"z": z.numpy()}
         return lambda: session.run(None, feed)
 
     return {
-        EAGER: lambda: faster(
-            lambda: eager(order, by_index_add)(z), lambda: eager(order, by_matrix_product)(z)
-        ),
-        COMPILED: compiled,
+        EAGER: lambda: faster(*eager(order, z)),
+        COMPILED: lambda: faster(*compiled(order, z)),
         GRAPH: in_onnx_runtime,
     }
 
