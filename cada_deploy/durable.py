@@ -24,12 +24,14 @@ _LONGEST_NAME = 255  # bytes, on every common Linux file system
 _TEMPORARY = ".tmp"  # one writer holds the run's lock, so a leftover is simply written over
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Put `data` under `path`, whole or not at all. The folder must exist."""
+def write_file(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Put `data` under `path`, whole or not at all. The folder must exist. `mode` None = umask's."""
     temporary = _temporary(path)
     with explained(path):
         try:
             with temporary.open("wb") as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
