@@ -25,7 +25,7 @@ _TEMPORARY = ".tmp"  # one writer holds the run's lock, so a leftover is simply 
 
 
 def write_file(path: Path, data: bytes, mode: int | None = None) -> None:
-    """Put `data` under `path`, whole or not at all. The folder must exist. `mode` None = umask's."""
+    """Put `data` under `path`, whole or not at all. The folder must exist; mode None = umask."""
     temporary = _temporary(path)
     with explained(path):
         try:
