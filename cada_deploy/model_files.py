@@ -209,20 +209,10 @@ def _spec(
     spec_file: Path | None,
     classes: ClassSet | None,
 ) -> ModelSpec:
-    if preset and spec_file:
-        raise UsageError("--preset and --spec both say how to feed the model; give one of them")
+    stated = stated_spec(preset, spec_file, classes)
+    if stated is not None:
+        return stated
     own = [p.value for p in proto.metadata_props if p.key == METADATA_KEY]
-    if spec_file:
-        return presets.load_spec(spec_file, classes)
-    if preset:
-        chosen_input, chosen_output = presets.preset(preset)
-        return ModelSpec(
-            classes=classes or CITYSCAPES_19,
-            input=chosen_input,
-            output=chosen_output,
-            preset=preset,
-            provenance={"spec": f"--preset {preset}"},
-        )
     if own:
         spec = ModelSpec.loads(own[0])
         return spec.with_classes(classes) if classes else spec
@@ -230,6 +220,26 @@ def _spec(
         f"{path.name} does not say how it must be fed, and cada-deploy never guesses that. Give "
         f"--preset with one of {', '.join(presets.PRESETS)}, or --spec FILE.toml:\n\n"
         + presets.spec_template()
+    )
+
+
+def stated_spec(
+    preset: str | None, spec_file: Path | None, classes: ClassSet | None
+) -> ModelSpec | None:
+    """The spec that --spec or --preset states; None when neither is given."""
+    if preset and spec_file:
+        raise UsageError("--preset and --spec both say how to feed the model; give one of them")
+    if spec_file:
+        return presets.load_spec(spec_file, classes)
+    if not preset:
+        return None
+    chosen_input, chosen_output = presets.preset(preset)
+    return ModelSpec(
+        classes=classes or CITYSCAPES_19,
+        input=chosen_input,
+        output=chosen_output,
+        preset=preset,
+        provenance={"spec": f"--preset {preset}"},
     )
 
 

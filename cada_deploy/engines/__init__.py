@@ -2,7 +2,9 @@
 
 Each engine is one file with NAME (its name on the command line), `version()` and
 `open(model, device, threads) -> Engine`; one that runs other files than ONNX also has a
-`load_model` like that of model_files. A device that was asked for and cannot be had is an
+`load_model` like that of model_files. One that builds an engine of its own from a model says so
+with BUILDS = True, and its load_model takes a `build`; DEVICE is where it runs when nobody says. A
+device that was asked for and cannot be had is an
 EnvironmentLacks error, never a quiet fall to the CPU. Engines are found by listing this folder.
 """
 
@@ -19,15 +21,14 @@ import numpy.typing as npt
 
 from cada_deploy import model_files
 from cada_deploy.classes import ClassSet
+from cada_deploy.engine_plans import Build
 from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
 from cada_deploy.model_files import Model
 from cada_deploy.model_spec import ModelSpec
 from cada_deploy.scores import Scores
 
 # Names that the command line promises and that this version cannot run yet.
-_PLANNED = {
-    "trt": "TensorRT engines are not in this version of cada-deploy",
-}
+_PLANNED: dict[str, str] = {}
 
 
 class Engine(Protocol):
@@ -58,10 +59,24 @@ def engines() -> dict[str, str]:
 
 
 def _declared_name(path: Path) -> str:
+    name = _declared(path, "NAME")
+    assert name is not None, f"{path.name} declares no NAME"
+    return str(name)
+
+
+def _declared(path: Path, constant: str) -> Any:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NAME":
-            return str(ast.literal_eval(node.value))
-    raise AssertionError(f"{path.name} declares no NAME")
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == constant:
+            return ast.literal_eval(node.value)
+    return None
+
+
+def default_device(name: str) -> str:
+    """Where an engine runs when nobody says: the CPU, unless its file names another device."""
+    if name not in engines():
+        return "cpu"
+    path = Path(__file__).with_name(f"{engines()[name]}.py")
+    return str(_declared(path, "DEVICE") or "cpu")
 
 
 def names() -> list[str]:
@@ -77,10 +92,16 @@ def load_model(
     spec_file: Path | None = None,
     classes: ClassSet | None = None,
     spec: ModelSpec | None = None,
+    build: Build | None = None,
 ) -> Model:
-    """Read `path` as the engine `name` reads it: its own kind of file, or else ONNX."""
-    own = getattr(_module(name), "load_model", model_files.load_model)
-    model: Model = own(path, preset=preset, spec_file=spec_file, classes=classes, spec=spec)
+    """Read `path` as the engine `name` reads it: its own kind of file, or else ONNX. `build` is for
+    engines that are built from a model; others leave it aside, but refuse a rebuild."""
+    module = _module(name)
+    own = getattr(module, "load_model", model_files.load_model)
+    more = {"build": build} if getattr(module, "BUILDS", False) else {}
+    if build is not None and build.rebuild and not more:
+        raise UsageError(f"--rebuild: engine {name} runs models as they are and builds nothing")
+    model: Model = own(path, preset=preset, spec_file=spec_file, classes=classes, spec=spec, **more)
     return model
 
 
