@@ -11,6 +11,7 @@ import click
 
 from cada_deploy import engines, policies
 from cada_deploy.classes import ClassSet, class_set
+from cada_deploy.engine_plans import Build, PlanOptions
 from cada_deploy.errors import REJECTED_SOME, UsageError
 from cada_deploy.ignored import IgnoredArea, parse_rows
 from cada_deploy.labelling import ModelChoice, Outcome, Work
@@ -49,12 +50,19 @@ def _stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 model_options = _stacked(
-    click.option("--model", type=PATH, required=True, help="ONNX, or a checkpoint (torch)."),
+    click.option(
+        "--model", type=PATH, required=True,
+        help="ONNX, a checkpoint (torch) or a built engine (trt).",
+    ),
     click.option(
         "--engine", type=click.Choice(engines.names()), default="ort", show_default=True,
         help="What runs the network.",
     ),
-    click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N."),
+    click.option("--device", help="cpu or cuda:N (default: cpu; cuda:0 for trt)."),
+    click.option(
+        "--rebuild", is_flag=True,
+        help="Build the TensorRT engine anew, in place of the kept one (trt).",
+    ),
     click.option(
         "--preset", type=click.Choice(sorted(PRESETS)), help="Preprocessing of a foreign model."
     ),
@@ -134,11 +142,19 @@ def model_choice(options: Options) -> ModelChoice:
     return ModelChoice(
         options["model"],
         options["engine"],
-        options["device"],
+        options["device"] or engines.default_device(options["engine"]),
         options["preset"],
         options["spec_file"],
         named_classes(options["classes"]),
+        _build(options),
     )
+
+
+def _build(options: Options) -> Build:
+    """An engine is built for the one size and the batch that the run has."""
+    size = None if options["size"] is None else parse_size("--size", options["size"])
+    wishes = PlanOptions(size, size, size, options.get("batch_size", 1))
+    return Build(wishes, options["rebuild"], quiet=options["quiet"], say=say(options["quiet"]))
 
 
 def named_classes(name: str | None) -> ClassSet | None:

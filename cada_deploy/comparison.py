@@ -1,9 +1,9 @@
 """Are two models equal for this job? Labels, entropies, and which pseudo labels change.
 
-A and B are any two of checkpoint, exported program and ONNX file; A is taken as the truth. Both see
-the same images, each with its own spec, and are compared on the images' own grid. Scores wait in a
-temporary folder until the thresholds are known, so memory does not grow with the set. Nothing here
-draws a page or prints; comparison_page.py does.
+A and B are any two of checkpoint, exported program, ONNX file and TensorRT engine; A is taken as
+the truth. Both see the same images, each with its own spec, and are compared on the images' own
+grid. Scores wait in a temporary folder until the thresholds are known, so memory does not grow
+with the set. Nothing here draws a page or prints; comparison_page.py does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cada_deploy.classes import ClassSet
-from cada_deploy.engines import load_model, open_engine
+from cada_deploy.engine_plans import Build
+from cada_deploy.engines import builds, default_device, load_model, open_engine
 from cada_deploy.errors import ArtefactMismatch, RunFailed, UsageError, nearest
 from cada_deploy.fused import UNSELECTED, Evidence, best_kernel
 from cada_deploy.image_files import ImageRef, find_images
@@ -42,6 +43,8 @@ TIE = 1e-3  # a margin in probability below which a disagreement is nobody's fau
 MOST_PICTURES = 6
 ENGINES = {
     ".onnx": "ort",
+    ".engine": "trt",
+    ".plan": "trt",
     **dict.fromkeys((".pth", ".pt", ".pkl", ".safetensors", ".ckpt", ".tar", ".pt2"), "torch"),
 }
 
@@ -67,6 +70,8 @@ class Asked:
     selecting: Selecting = Selecting()
     workers: int = 1
     quiet: bool = False
+    engine_b: str | None = None  # None: the one that runs B's kind of file
+    build: Build | None = None
 
     def __post_init__(self) -> None:
         if self.selecting.scope != "dataset":
@@ -271,7 +276,8 @@ class Gates:
 def compare(asked: Asked) -> Comparison:
     """Run both models over the images. Raises ArtefactMismatch when their class sets differ."""
     refs = _chosen(find_images(asked.images), asked.limit)
-    a, b = _side("A", asked.a, asked), _side("B", asked.b, asked)
+    a = _side("A", asked.a, engine_of(asked.a), asked)
+    b = _side("B", asked.b, asked.engine_b or engine_of(asked.b), asked)
     _check_same_classes(a, b)
     with tempfile.TemporaryDirectory(prefix="cada-compare-") as folder:
         return _Run(asked, a, b, refs, Path(folder)).run()
@@ -291,10 +297,9 @@ def _chosen(refs: Sequence[ImageRef], limit: int | None) -> list[ImageRef]:
     return [refs[(2 * k + 1) * len(refs) // (2 * limit)] for k in range(limit)]
 
 
-def _side(letter: str, path: Path, asked: Asked) -> Side:
-    name = engine_of(path)
+def _side(letter: str, path: Path, name: str, asked: Asked) -> Side:
     model = _loaded(name, path, asked)
-    engine = open_engine(name, model, "cpu", 1)
+    engine = open_engine(name, model, default_device(name), 1)
     spec = check_classes(path, model.spec, engine.classes, model.classes_named)
     sizes = Sizes(input=None if spec.input.size else asked.size)
     pipeline = Pipeline(engine, best_kernel(1), spec, sizes)
@@ -303,13 +308,19 @@ def _side(letter: str, path: Path, asked: Asked) -> Side:
 
 def _loaded(engine: str, path: Path, asked: Asked) -> Model:
     """--preset and --spec are for the one that has no spec of its own."""
+    build = asked.build if builds(engine) else None
     try:
-        return load_model(engine, path, classes=asked.classes)
+        return load_model(engine, path, classes=asked.classes, build=build)
     except UsageError:
         if not (asked.preset or asked.spec_file):
             raise
     return load_model(
-        engine, path, preset=asked.preset, spec_file=asked.spec_file, classes=asked.classes
+        engine,
+        path,
+        preset=asked.preset,
+        spec_file=asked.spec_file,
+        classes=asked.classes,
+        build=build,
     )
 
 

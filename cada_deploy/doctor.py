@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cada_deploy import __version__
-from cada_deploy.engines import engines, names
-from cada_deploy.errors import CadaError
+from cada_deploy.engines import engines, require
+from cada_deploy.errors import CadaError, EnvironmentLacks
 from cada_deploy.fused import open_kernel
 
 
@@ -92,11 +92,16 @@ def _first_version(*packages: str) -> str | None:
 
 
 def _engines() -> Iterator[Finding]:
-    for name in names():
-        if name == "ort":
-            yield _onnx_runtime()
-        elif name not in engines():
-            yield Finding(f"engine {name}", "not in this version of cada-deploy", False)
+    for name in engines():
+        yield _onnx_runtime() if name == "ort" else _other_engine(name)
+
+
+def _other_engine(name: str) -> Finding:
+    """Each engine's own error says what to install."""
+    try:
+        return Finding(f"engine {name}", require(name))
+    except EnvironmentLacks as error:
+        return Finding(f"engine {name}", "missing", False, False, str(error))
 
 
 def _onnx_runtime() -> Finding:

@@ -144,14 +144,16 @@ def profile_for(spec: ModelSpec, fixed_batch: int | None, options: PlanOptions) 
 
 
 def _sizes(inference: InferenceSpec, options: PlanOptions) -> tuple[Size, Size, Size]:
-    asked = (options.minimum, options.optimum, options.maximum)
-    if not any(asked) and inference.mode == "slide" and inference.window:
-        return (inference.window,) * 3
     middle = options.optimum or options.maximum or options.minimum or ANY_SIZE[1]
     low = options.minimum or (middle if options.optimum else _least(ANY_SIZE[0], middle))
     high = options.maximum or (middle if options.optimum else _most(ANY_SIZE[2], middle))
-    scales = inference.scales if inference.mode == "whole" else (1.0,)
-    return _scaled(low, min(scales)), middle, _scaled(high, max(scales))
+    low, high = _scaled(low, min(inference.scales)), _scaled(high, max(inference.scales))
+    window = inference.window
+    if window is None:
+        return low, middle, high
+    if not any((options.minimum, options.optimum, options.maximum)):
+        return window, window, window
+    return _least(low, window), _least(middle, window), _least(high, window)
 
 
 def _least(a: Size, b: Size) -> Size:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cada_deploy import disk_plan, durable, run_identity, run_record, streaming
 from cada_deploy.classes import ClassSet
+from cada_deploy.engine_plans import Build, PlanOptions
 from cada_deploy.engines import Engine, load_model, open_engine
 from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, UsageError
 from cada_deploy.fused import best_kernel
@@ -55,6 +56,7 @@ class ModelChoice:
     preset: str | None = None
     spec_file: Path | None = None
     classes: ClassSet | None = None
+    build: Build | None = None  # for engines that are built from a model
 
     def load(self, threads: int = 1) -> tuple[Model, Engine]:
         """threads: of the network for one frame; hosts keep 1 and work on several frames."""
@@ -64,6 +66,7 @@ class ModelChoice:
             preset=self.preset,
             spec_file=self.spec_file,
             classes=self.classes,
+            build=self.build,
         )
         engine = open_engine(self.engine, model, self.device, threads)
         spec = check_classes(self.path, model.spec, engine.classes, model.classes_named)
@@ -432,7 +435,9 @@ def _pipeline_again(
 
 def _engine_again(record: Record, spec: ModelSpec) -> Engine:
     path = run_record.path_of(record, "model")
-    model = load_model(record["settings"]["engine"], path, spec=spec)
+    size = _pair(record["identity"]["sizes"]["input"])
+    build = Build(PlanOptions(size, size, size))  # a kept engine is found by what it was built for
+    model = load_model(record["settings"]["engine"], path, spec=spec, build=build)
     if model.sha256 != record["identity"]["model"]:
         raise ArtefactMismatch(f"{path} is not the model this run was made with; put that one back")
     engine = open_engine(record["settings"]["engine"], model, record["settings"]["device"])

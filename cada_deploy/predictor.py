@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 from cada_deploy import durable
 from cada_deploy.classes import ClassSet
+from cada_deploy.engine_plans import Build, PlanOptions
+from cada_deploy.engines import default_device
 from cada_deploy.errors import ArtefactMismatch, UsageError
 from cada_deploy.fused import Floats, Labels, best_kernel
 from cada_deploy.ignored import IgnoredArea, Mask, MaskSizeError
@@ -121,17 +123,25 @@ def load(
     spec: str | os.PathLike[str] | None = None,
     classes: ClassSet | None = None,
     engine: str = "ort",
-    device: str = "cpu",
+    device: str | None = None,
     size: Size | None = None,
     threads: int = 1,
 ) -> Predictor:
     """Open an ONNX model. A foreign one needs `preset` or `spec` (a TOML file).
 
     size is the network's input (H, W) for a model of dynamic size; threads is how many the
-    network and the fused kernel use for one frame. Raises CadaError with what to do.
+    network and the fused kernel use for one frame. device is cpu or cuda:N; None is the CPU, or
+    cuda:0 for engine "trt", which builds its engine for `size` the first time (that takes minutes)
+    and keeps it. Raises CadaError with what to do.
     """
     choice = ModelChoice(
-        Path(model), engine, device, preset, Path(spec) if spec is not None else None, classes
+        Path(model),
+        engine,
+        device or default_device(engine),
+        preset,
+        Path(spec) if spec is not None else None,
+        classes,
+        Build(PlanOptions(size, size, size)),
     )
     opened, runtime = choice.load(threads)
     return Predictor(Pipeline(runtime, best_kernel(threads), opened.spec, Sizes(input=size)))

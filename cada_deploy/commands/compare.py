@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from cada_deploy import command_options as shared
-from cada_deploy import durable
+from cada_deploy import durable, engines
 from cada_deploy.comparison import TIE, Asked, Comparison, Gates, compare
 from cada_deploy.comparison_page import write_page
+from cada_deploy.engine_plans import Build, PlanOptions
 from cada_deploy.errors import REJECTED_SOME, CheckFailed
 from cada_deploy.labelling import cores
 from cada_deploy.pipeline import parse_size
@@ -33,6 +34,13 @@ _SHARE = click.FloatRange(0, 1)
 @click.option("--spec", "spec_file", type=shared.PATH, help="The same as a TOML file.")
 @click.option("--classes", help="Class set of both, such as cityscapes-19.")
 @click.option("--size", help="Network input HxW of models that take any size.")
+@click.option(
+    "--engine",
+    "engine_b",
+    type=click.Choice(engines.names()),
+    help="What runs B (default: by its kind of file). trt compares B through TensorRT.",
+)
+@click.option("--rebuild", is_flag=True, help="Build B's TensorRT engine anew.")
 @click.option("--limit", type=shared.COUNT, help="So many of the images, spread evenly.")
 @shared.policy_options
 @click.option("--min-agreement", type=_SHARE, help="Gate: share of labels that must agree.")
@@ -54,7 +62,8 @@ _SHARE = click.FloatRange(0, 1)
 @click.option("--workers", type=shared.COUNT, help="Images worked on at once (default: all cores).")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(a: Path, b: Path, as_json: bool, out: Path | None, **options: Any) -> int:
-    """Compare two models, each a checkpoint, an exported program (.pt2) or ONNX, on IMAGES.
+    """Compare two models, each a checkpoint, an exported program (.pt2), ONNX or a TensorRT engine,
+    on IMAGES.
 
     Shows where the labels differ, how sure A was there, and which pseudo labels change when each
     model learns its own thresholds, and when both use A's. A gate that does not hold is exit 5.
@@ -63,7 +72,7 @@ def command(a: Path, b: Path, as_json: bool, out: Path | None, **options: Any) -
     Example:
       cada-deploy compare bdl.pth bdl.onnx --preset bdl --images frames/ --max-margin 0.001
     """
-    size = options.pop("size")
+    size = None if options["size"] is None else parse_size("--size", options.pop("size"))
     gates = Gates(**{name: options.pop(name) for name in vars(Gates())})
     asked = Asked(
         a,
@@ -72,11 +81,18 @@ def command(a: Path, b: Path, as_json: bool, out: Path | None, **options: Any) -
         options["preset"],
         options["spec_file"],
         shared.named_classes(options["classes"]),
-        None if size is None else parse_size("--size", size),
+        size,
         options["limit"],
         shared.selecting(options),
         options["workers"] or cores(),
         options["quiet"],
+        options["engine_b"],
+        Build(
+            PlanOptions(size, size, size),
+            options["rebuild"],
+            quiet=options["quiet"],
+            say=shared.say(options["quiet"]),
+        ),
     )
     found = compare(asked)
     failures = gates.failures(found)

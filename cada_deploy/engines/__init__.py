@@ -73,15 +73,29 @@ def _declared(path: Path, constant: str) -> Any:
 
 def default_device(name: str) -> str:
     """Where an engine runs when nobody says: the CPU, unless its file names another device."""
+    return str(_constant(name, "DEVICE") or "cpu")
+
+
+def builds(name: str) -> bool:
+    """Whether an engine builds something of its own from a model."""
+    return bool(_constant(name, "BUILDS"))
+
+
+def _constant(name: str, constant: str) -> Any:
     if name not in engines():
-        return "cpu"
-    path = Path(__file__).with_name(f"{engines()[name]}.py")
-    return str(_declared(path, "DEVICE") or "cpu")
+        return None
+    return _declared(Path(__file__).with_name(f"{engines()[name]}.py"), constant)
 
 
 def names() -> list[str]:
     """Every name the command line takes, planned ones too."""
     return sorted({*engines(), *_PLANNED})
+
+
+def require(name: str) -> str:
+    """The version of the engine's library. Raises EnvironmentLacks, with what to install, when it
+    is not here."""
+    return str(_module(name).version())
 
 
 def load_model(
@@ -96,9 +110,8 @@ def load_model(
 ) -> Model:
     """Read `path` as the engine `name` reads it: its own kind of file, or else ONNX. `build` is for
     engines that are built from a model; others leave it aside, but refuse a rebuild."""
-    module = _module(name)
-    own = getattr(module, "load_model", model_files.load_model)
-    more = {"build": build} if getattr(module, "BUILDS", False) else {}
+    own = getattr(_module(name), "load_model", model_files.load_model)
+    more = {"build": build} if builds(name) else {}
     if build is not None and build.rebuild and not more:
         raise UsageError(f"--rebuild: engine {name} runs models as they are and builds nothing")
     model: Model = own(path, preset=preset, spec_file=spec_file, classes=classes, spec=spec, **more)
