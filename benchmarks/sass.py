@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pathlib import Path
 # 9.0: 32 lanes over the results per cycle in the CUDA C++ programming guide's table of arithmetic
 # throughput (128, 64 and 16 a multiprocessor), a quarter each.
 _FP32 = ("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2")
-_SLOW = ("MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV")
+_SLOW = ("MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV", "REDUX", "VOTE", "MATCH")
 _UNIFORM = ("U", "R2UR", "S2UR")
 _MEMORY = ("LD", "ST", "ATOM", "RED", "CCTL", "MEMBAR")
 _CONTROL = ("BRA", "EXIT", "RET", "CALL", "BSSY", "BSYNC", "NOP", "WARPSYNC", "BRX", "YIELD")
@@ -132,12 +132,21 @@ class Function:
         stops = [loop.header, *sorted(set(through) - {loop.header})]
         way: list[int] = [loop.header]
         for stop in stops[1:]:
-            way += self._shortest(loop, way[-1], {stop})[1:]
-        way += self._shortest(loop, way[-1], set(loop.latches))[1:]
+            way += self._shortest(way[-1], {stop}, loop.blocks, {loop.header})[1:]
+        way += self._shortest(way[-1], set(loop.latches), loop.blocks, {loop.header})[1:]
         return [i for k in way for i in self.blocks[k].instructions]
 
-    def _shortest(self, loop: Loop, start: int, ends: set[int]) -> list[int]:
-        """Dijkstra over blocks by cost; never through the header again."""
+    def cheapest_way(self, stops: Sequence[int]) -> list[Instruction]:
+        """The instructions from the first of these blocks up to the last, which is not counted."""
+        way = [stops[0]]
+        for stop in stops[1:]:
+            way += self._shortest(way[-1], {stop}, set(range(len(self.blocks))), set())[1:]
+        return [i for k in way[:-1] for i in self.blocks[k].instructions]
+
+    def _shortest(
+        self, start: int, ends: set[int], within: Set[int], avoided: set[int]
+    ) -> list[int]:
+        """Dijkstra over blocks by cost."""
         best: dict[int, tuple[int, list[int]]] = {start: (0, [start])}
         done: set[int] = set()
         while left := [k for k in best if k not in done]:
@@ -145,7 +154,7 @@ class Function:
             if k in ends:
                 return best[k][1]
             done.add(k)
-            for target in (self.blocks[k].next & loop.blocks) - {loop.header}:
+            for target in (self.blocks[k].next & within) - avoided:
                 cost = best[k][0] + self.blocks[target].cost
                 if target not in best or cost < best[target][0]:
                     best[target] = (cost, [*best[k][1], target])
