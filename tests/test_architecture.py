@@ -19,7 +19,7 @@ LAYERS = [
     ["commands.*"],
     ["demo"],
     ["command_options", "predictor", "reporting", "comparison_page", "bench.session"],
-    ["labelling", "doctor", "comparison"],
+    ["labelling", "doctor", "comparison", "bench.cuda"],
     ["selection", "run_record", "evaluation", "bench.*"],
     ["streaming", "disk_plan", "run_identity"],
     ["pipeline"],

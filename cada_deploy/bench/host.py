@@ -34,10 +34,18 @@ class Host:
     batches: tuple[npt.NDArray[Any], ...]
     enqueues: bool = False
 
-    engine_boundary: str = (
-        "the engine's call: from a preprocessed batch in host memory to the network's scores in "
-        "host memory; nothing is copied to a device"
-    )
+    @property
+    def engine_boundary(self) -> str:
+        assert self.pipeline.engine is not None
+        copies = (
+            "nothing is copied to a device"
+            if self.pipeline.engine.device == "cpu"
+            else "its own copies to the device and back are in it, and are not told apart"
+        )
+        return (
+            "the engine's call: from a preprocessed batch in host memory to the network's scores "
+            f"in host memory; {copies}"
+        )
 
     @property
     def frame_boundary(self) -> str:

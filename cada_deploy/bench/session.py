@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 
 from cada_deploy import __version__, durable
 from cada_deploy.bench import power
+from cada_deploy.bench.cuda import device_json, open_on_device
 from cada_deploy.bench.frames import Frames, drawn, from_files
 from cada_deploy.bench.host import open_host
 from cada_deploy.bench.measuring import FrameTimes, RunTimes, Series, Subject, repeated, runs_for
 from cada_deploy.bench.measuring import warm_up as warmed_up
 from cada_deploy.bench.words import warnings
+from cada_deploy.device import Device, is_cuda, open_device
 from cada_deploy.errors import ArtefactMismatch, UsageError
 from cada_deploy.fused import best_kernel
 from cada_deploy.labelling import ModelChoice
@@ -113,15 +115,21 @@ class BenchResult:
 def bench(options: BenchOptions) -> BenchResult:
     """Measure. Raises CadaError for whatever keeps the model from running as asked."""
     baseline = None if options.baseline is None else read_baseline(options.baseline)
-    model, engine = options.model.load(options.threads)
-    pipeline = Pipeline(engine, best_kernel(options.threads), model.spec, Sizes(input=options.size))
+    model, pipeline = open_pipeline(
+        options.model, options.size, threads=options.threads, batch=options.batch_size
+    )
+    engine = pipeline.engine
+    assert engine is not None
+    gpu = open_device(engine.device) if is_cuda(engine.device) else None
     frames = _frames(options, pipeline)
-    subject = _subject(options, pipeline, frames)
+    subject = _subject(options, pipeline, frames, gpu)
     if baseline is not None:
         _check_comparable(baseline, options, engine.device, subject.network)
     meters = power.meters(engine.device)
     engine_only, runs = _engine_only(subject, options, meters)
-    end_to_end, frame_runs = _end_to_end(subject, options, meters)
+    end_to_end, frame_runs = _end_to_end(
+        subject, options, meters, engine_only["compute"]["median_ms"]
+    )
     data: Json = {
         "schema": SCHEMA,
         "cada_deploy": __version__,
@@ -130,6 +138,7 @@ def bench(options: BenchOptions) -> BenchResult:
         "model": _model_json(options, model, subject),
         "engine": {"name": engine.name, "version": engine.version, "device": engine.device},
         "machine": _machine(engine.device),
+        "gpu": None if gpu is None else device_json(gpu),
         "options": options.to_json(),
         "frames": frames.to_json(),
         "engine_only": engine_only,
@@ -152,8 +161,22 @@ def _frames(options: BenchOptions, pipeline: Pipeline) -> Frames:
     return made
 
 
-def _subject(options: BenchOptions, pipeline: Pipeline, frames: Frames) -> Subject:
-    return open_host(pipeline, frames, options.batch_size, options.png)
+def open_pipeline(
+    choice: ModelChoice, size: Size | None, *, threads: int = 1, batch: int = 1
+) -> tuple[Model, Pipeline]:
+    """The pipeline that a run of this model would use."""
+    model, engine = choice.load(threads)
+    return model, Pipeline(engine, best_kernel(threads), model.spec, Sizes(input=size))
+
+
+def _subject(
+    options: BenchOptions, pipeline: Pipeline, frames: Frames, gpu: Device | None
+) -> Subject:
+    host = open_host(pipeline, frames, options.batch_size, options.png)
+    engine: Any = pipeline.engine
+    if gpu is None or not hasattr(engine, "infer_on"):
+        return host
+    return open_on_device(host, gpu, engine)
 
 
 # --- the two measurements ----------------------------------------------------------------------
@@ -185,7 +208,7 @@ def _engine_only(
 
 
 def _end_to_end(
-    subject: Subject, options: BenchOptions, meters: power.Meters
+    subject: Subject, options: BenchOptions, meters: power.Meters, engine_ms: float
 ) -> tuple[Json, list[FrameTimes]]:
     found, runs = _measured(
         "end to end", subject.frame_run, lambda run: run.total_ms, options, meters
@@ -199,21 +222,23 @@ def _end_to_end(
         "boundary": subject.frame_boundary,
         **found,
         "stages": {name: s.to_json(options.percentiles) for name, s in stages.items()},
-        "besides_network": besides_network(runs),
+        "besides_network": besides_network(runs, engine_ms),
     }, runs
 
 
-def besides_network(runs: Sequence[FrameTimes]) -> Json:
+def besides_network(runs: Sequence[FrameTimes], engine_ms: float) -> Json:
     """Everything but the network and the decoder, and as a share of the network's time: medians
-    over the runs."""
+    over the runs. Where the network is not a stage of its own (on a GPU nothing waits for it
+    alone), its time is the median of the engine's own measurement."""
+
+    def network(run: FrameTimes) -> float:
+        return run.stages_ms.get("infer", engine_ms)
+
     rest = Series(
-        tuple(
-            run.total_ms - run.stages_ms.get("decode", 0.0) - run.stages_ms.get("infer", 0.0)
-            for run in runs
-        )
+        tuple(run.total_ms - run.stages_ms.get("decode", 0.0) - network(run) for run in runs)
     ).median
-    network = Series(tuple(run.stages_ms.get("infer", 0.0) for run in runs)).median
-    return {"median_ms": rest, "of_network": rest / network if network > 0 else None}
+    through = Series(tuple(map(network, runs))).median
+    return {"median_ms": rest, "of_network": rest / through if through > 0 else None}
 
 
 def _measured(

@@ -26,7 +26,12 @@ from cada_deploy.presets import PRESETS
     show_default=True,
     help="What runs the network.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda:N.")
+@click.option("--device", help="cpu or cuda:N (default: cpu; cuda:0 for trt).")
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    help="Build the TensorRT engine anew, in place of the kept one (trt).",
+)
 @click.option(
     "--preset", type=click.Choice(sorted(PRESETS)), help="Preprocessing of a foreign model."
 )
@@ -88,8 +93,8 @@ from cada_deploy.presets import PRESETS
 )
 @click.option("--quiet", is_flag=True, help="No progress and no text.")
 def command(model: Path, quiet: bool, **options: Any) -> int:
-    """Measure MODEL twice in one run: the engine alone, and the way from image bytes to labels
-    with every stage.
+    """Measure MODEL (ONNX, a checkpoint or a built engine) twice in one run: the engine alone, and
+    the way from image bytes to labels with every stage.
 
     Warms up until the times are stable, counts every run, and says where the boundary of each
     measurement lies. Clocks, power and energy come from NVML, a Jetson's rails or RAPL, where they
@@ -102,7 +107,7 @@ def command(model: Path, quiet: bool, **options: Any) -> int:
     size = options["size"]
     result = bench(
         BenchOptions(
-            shared.model_choice({**options, "model": model}),
+            shared.model_choice({**options, "model": model, "quiet": quiet}),
             None if size is None else parse_size("--size", size),
             options["images"],
             options["batch_size"],

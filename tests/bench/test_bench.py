@@ -365,8 +365,10 @@ def test_meters_are_stated_by_name(result: dict[str, Any]) -> None:
 
 def test_everything_but_the_network() -> None:
     run = FrameTimes(20.0, {"decode": 5.0, "infer": 10.0, "select": 3.0})
-    assert besides_network([run]) == {"median_ms": 5.0, "of_network": 0.5}
-    assert besides_network([FrameTimes(1.0, {})])["of_network"] is None
+    assert besides_network([run], 1.0) == {"median_ms": 5.0, "of_network": 0.5}
+    on_gpu = FrameTimes(20.0, {"decode": 5.0, "gpu": 12.0})
+    assert besides_network([on_gpu], 10.0) == {"median_ms": 5.0, "of_network": 0.5}
+    assert besides_network([FrameTimes(1.0, {})], 0.0)["of_network"] is None
 
 
 def test_options_refuse_nonsense() -> None:
