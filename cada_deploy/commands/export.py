@@ -83,7 +83,7 @@ def command(checkpoint: Path, quiet: bool, kind: str | None, **options: Any) -> 
     OUT.json beside it; it must agree with ONNX Runtime on frames, or exit 5.
 
     \b
-    Examples:
+    Example:
       cada-deploy export BDL_gta5.pth -o bdl.onnx --preset bdl --images frames/
       cada-deploy export bdl.onnx -o bdl.engine --format trt --size 512x1024
     """
