@@ -243,7 +243,6 @@ def main() -> int:
     code = verdict(targets)
     if arguments.record:
         record("fused_kernel", rows)
-        print(f"{len(rows)} rows appended to benchmarks/results/fused_kernel.jsonl")
     return code
 
 

@@ -337,7 +337,6 @@ def main() -> int:
     print(f"  predicted share of the bare loop: {rows[-1]['predicted_of_bare_loop']:.0%}")
     if arguments.record:
         record("fused_gpu_predictions", rows)
-        print(f"{len(rows)} rows appended to benchmarks/results/fused_gpu_predictions.jsonl")
     return 0
 
 

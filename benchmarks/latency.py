@@ -200,7 +200,6 @@ def main() -> int:
     code = verdict(targets)
     if arguments.record:
         record("latency", rows)
-        print(f"{len(rows)} rows appended to benchmarks/results/latency.jsonl")
     return code
 
 
