@@ -7,7 +7,14 @@
 #ifndef CADA_PIXEL_H
 #define CADA_PIXEL_H
 
-#ifndef __CUDACC_RTC__ /* NVRTC brings its own integers and has no C library */
+#ifdef __CUDACC_RTC__ /* NVRTC has no C library, hence no <cstdint> */
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
 #include <cstdint>
 #include <cstring>
 #endif
