@@ -95,7 +95,7 @@ def made(wanted: Wanted, shop: Workshop) -> Plan:
 
 def _kept(wanted: Wanted, place: Path) -> Plan | None:
     """The cache's plan if it is whole and verified; anything else is built anew and said."""
-    if not place.exists() and not manifest_path(place).exists():
+    if not place.exists():
         return None
     try:
         plan = read_plan(place)

@@ -175,8 +175,9 @@ def _parity(
         p, q = _probabilities(expected, meaning), _probabilities(found, meaning)
         differs = p.argmax(1) != q.argmax(1)
         second, first = np.sort(p, axis=1)[:, -2:].swapaxes(0, 1) if p.shape[1] > 1 else (p, p)
-        worst = max(worst, float(np.where(differs, first - second, 0.0).max()))
-        error = max(error, float(np.abs(p - q).mean()))
+        # np.maximum keeps a NaN, which then fails every comparison below.
+        worst = float(np.maximum(worst, np.where(differs, first - second, 0.0).max()))
+        error = float(np.maximum(error, np.abs(p - q).mean()))
         agreed += int((~differs).sum())
         pixels += differs.size
     agreement = agreed / pixels
