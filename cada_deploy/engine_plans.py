@@ -45,6 +45,14 @@ Version = tuple[int, ...]
 # --- what is asked for -------------------------------------------------------------------------
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_count(v) for v in value)
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """What decides the plan, apart from the model and the machine. Sizes are (H, W) of the network
@@ -65,8 +73,12 @@ class PlanOptions:
             raise UsageError(
                 f"hardware compatibility {self.hardware!r}; {nearest(self.hardware, HARDWARE)}"
             )
-        if self.batch < 1:
-            raise UsageError(f"batch size {self.batch}; expected at least 1")
+        counts = (self.workspace_mib, None if self.dla is None else self.dla + 1, self.batch)
+        if not all(count is None or _is_count(count) for count in counts):
+            raise UsageError(f"{self}: batch, workspace and DLA core are counts")
+        sizes = (self.minimum, self.optimum, self.maximum)
+        if not all(size is None or _is_size(size) for size in sizes):
+            raise UsageError(f"{self}: a size is (height, width), each at least 1")
 
     def to_json(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
@@ -102,6 +114,9 @@ class Profile:
     batch: int
 
     def __post_init__(self) -> None:
+        sizes = (self.minimum, self.optimum, self.maximum)
+        if not all(_is_size(size) for size in sizes) or not _is_count(self.batch):
+            raise UsageError(f"{self}: expected sizes (height, width) and a batch of at least 1")
         for small, big in ((self.minimum, self.optimum), (self.optimum, self.maximum)):
             if small[0] > big[0] or small[1] > big[1]:
                 raise UsageError(
@@ -187,13 +202,14 @@ class Machine:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Machine:
         major, minor = parsed_version(data["compute_capability"])[:2]
+        _expect(all(isinstance(text, str) for text in data.values()), "the machine")
         return cls(**{**data, "compute_capability": (major, minor)})
 
 
 def driver_version(where: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Of the kernel module, such as 580.95.05; "" where there is none to ask."""
     try:
-        found = re.search(r"Kernel Module\D*?([\d.]+)", where.read_text())
+        found = re.search(r"Kernel Module\s.*?\b(\d+\.\d+(?:\.\d+)?)\b", where.read_text())
     except OSError:
         return ""
     return found.group(1) if found else ""
@@ -244,9 +260,15 @@ class PlanManifest:
     cada_deploy: str
 
     def __post_init__(self) -> None:
-        texts = (self.plan_sha256, self.model, self.model_sha256, self.precision, *self.flags)
-        if not (all(isinstance(t, str) for t in texts) and isinstance(self.plan_bytes, int)):
-            raise TypeError("a digest, a name or a count has the wrong type")
+        """What a manifest must hold to be judged at all; the rest of it only tells."""
+        texts = (
+            self.plan_sha256, self.model, self.model_sha256, self.precision, self.frames,
+            self.cada_deploy, *self.flags, *(gate.found for gate in self.gates),
+        )  # fmt: skip
+        _expect(all(isinstance(text, str) for text in texts), "a text")
+        _expect(_is_count(self.plan_bytes), "plan_bytes")
+        _expect(self.hardware_compatibility in (ONE_GPU, *HARDWARE.values()), "the GPUs it is for")
+        _expect(all(isinstance(gate.passed, bool) for gate in self.gates), "a gate")
 
     @property
     def verified(self) -> bool:
@@ -273,8 +295,10 @@ class PlanManifest:
     def from_json(cls, data: Mapping[str, Any]) -> PlanManifest:
         """Raises KeyError, TypeError or ValueError for what is not a manifest."""
         (sizes,) = data["profiles"]
+        _expect(isinstance(data["flags"], list) and isinstance(data["gates"], list), "a list")
+        _expect(set(data["options"]) == set(vars(PlanOptions())), "options")
         fields: dict[str, Any] = {k: v for k, v in data.items() if k not in _ONLY_WRITTEN}
-        return cls(
+        manifest = cls(
             **{
                 **fields,
                 "spec": ModelSpec.from_json(data["spec"]),
@@ -287,8 +311,16 @@ class PlanManifest:
                 ),
                 "flags": tuple(data["flags"]),
                 "gates": tuple(Gate(**gate) for gate in data["gates"]),
+                "build_seconds": float(data["build_seconds"]),
             }
         )
+        _expect(data["verified"] is manifest.verified, "verified, which follows from the gates")
+        return manifest
+
+
+def _expect(true: bool, what: str) -> None:
+    if not true:
+        raise ValueError(f"{what} is not as it was written")
 
 
 _ONLY_WRITTEN = ("schema", "profiles", "batch", "verified")
@@ -301,7 +333,9 @@ def _tensor_json(tensor: Tensor) -> dict[str, Any]:
 
 def _tensor(data: Mapping[str, Any]) -> Tensor:
     shape = None if data["shape"] is None else tuple(data["shape"])
-    return Tensor(str(data["name"]), str(data["dtype"]), shape)
+    _expect(isinstance(data["name"], str) and isinstance(data["dtype"], str), "a tensor")
+    _expect(all(d is None or _is_count(d) for d in shape or ()), "a tensor's shape")
+    return Tensor(data["name"], data["dtype"], shape)
 
 
 def manifest_path(plan: Path) -> Path:
@@ -434,7 +468,7 @@ def _check_content(path: Path, size: int, sha256: str, manifest: PlanManifest) -
             f"{path} is cut short: {size} of {manifest.plan_bytes} bytes. Copy it again, or "
             + BUILD_AGAIN.format(name=path.name)
         )
-    if sha256 != manifest.plan_sha256:
+    if sha256 != manifest.plan_sha256 or size != manifest.plan_bytes:
         raise ArtefactMismatch(
             f"{path} is not the plan of its manifest: sha256 {sha256[:12]}..., expected "
             f"{manifest.plan_sha256[:12]}.... It was changed, or the two files are of different "

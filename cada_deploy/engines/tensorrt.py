@@ -434,7 +434,8 @@ def _configure(
 def _hardware_level(wish: str) -> trt.HardwareCompatibilityLevel:
     if wish == "ampere-plus":
         return trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    level = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY", None)
+    found = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY", None)
+    level: trt.HardwareCompatibilityLevel | None = found  # since 10.13
     if level is None:
         raise EnvironmentLacks(
             f"TensorRT {version()} cannot build for every GPU of one compute capability; take "
