@@ -265,6 +265,11 @@ def _made(model: TensorRTModel, gpu: Device, machine: Machine, threads: int) -> 
 def _opened(model: Model, plan: Plan, gpu: Device, device: str) -> TensorRT:
     dla = plan.manifest.options.dla if plan.manifest else None
     loaded = Loaded(plan, gpu, model, dla)
+    if plan.manifest is not None and loaded.network.profile != plan.manifest.profile:
+        raise ArtefactMismatch(
+            f"{plan.path} takes {loaded.network.profile.text}, its manifest says "
+            f"{plan.manifest.profile.text}; one of them was changed. Build it again"
+        )
     runs = EngineRuns(gpu, loaded, loaded.network, model.path.name)
     classes = loaded.classes or runs.probed_classes()
     check_classes(model.path, model.spec, classes, model.classes_named)

@@ -6,6 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,13 +14,23 @@ import numpy as np
 import pytest
 from command_line import child_environment
 from foreign_models import linear_scores, save_colour_model, spread_colours
+from trt_on_cpu import tensorrt_here
 
 from cada_deploy import engines
+from cada_deploy.engine_plans import Build, PlanOptions
 from cada_deploy.errors import CadaError, EnvironmentLacks, UsageError
 from cada_deploy.model_files import Model, load_model
 
 COLOURS = spread_colours(5)
 NAMES = sorted(engines.engines())
+
+
+@pytest.fixture(autouse=True)
+def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for TensorRT, which shows that our side keeps the contract."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with tensorrt_here():
+        yield
 
 
 def foreign(path: Path, **options: object) -> Model:
@@ -30,7 +41,8 @@ def foreign(path: Path, **options: object) -> Model:
 def opened(name: str, path: Path, **options: object) -> engines.Engine:
     """The engine on a colour model in its own kind of file; skipped where it cannot run here."""
     try:
-        return engines.open_engine(name, own_kind(name, path, **options), "cpu")
+        model = own_kind(name, path, **options)
+        return engines.open_engine(name, model, engines.default_device(name))
     except EnvironmentLacks as error:
         pytest.skip(f"not run: {error}")
     except UsageError as error:
@@ -38,6 +50,10 @@ def opened(name: str, path: Path, **options: object) -> engines.Engine:
 
 
 def own_kind(name: str, path: Path, **options: object) -> Model:
+    if name == "trt":
+        save_colour_model(path, COLOURS, **options)  # type: ignore[arg-type]
+        build = Build(PlanOptions((8, 8), (17, 23), (64, 96), 2))
+        return engines.load_model(name, path, preset="imagenet-rgb", build=build)
     if name != "torch":
         return foreign(path, **options)
     pytest.importorskip("torch", reason="the extra `train` is not installed")

@@ -197,6 +197,7 @@ def test_a_field_of_another_kind_never_ends_in_a_traceback(
     telling = {
         "frames": str, "cada_deploy": str, "model": str, "precision": str, "model_sha256": str,
         "build_seconds": (int, float), "flags": list,
+        "batch": int,  # the plan itself has one too: that is compared once it is loaded
     }  # fmt: skip
     for key in whole:
         manifest_path(plan).write_text(json.dumps({**whole, key: value}))
@@ -218,6 +219,12 @@ def test_a_manifest_that_calls_itself_verified_is_not(plan: Path) -> None:
     changed(plan, lambda d: {**whole, "gates": [], "verified": False})
     manifest = read_plan(plan).manifest
     assert manifest is not None and not manifest.verified
+
+
+def test_a_manifest_of_another_profile_is_refused_once_the_plan_is_loaded(plan: Path) -> None:
+    changed(plan, lambda d: d.update(batch=3))
+    with tensorrt_here(), pytest.raises(ArtefactMismatch, match="batch 1, its manifest says"):
+        engines.open_engine("trt", engines.load_model("trt", plan), "cuda:0")
 
 
 def test_a_model_name_cannot_lead_out_of_the_folder(
