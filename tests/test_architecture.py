@@ -27,8 +27,7 @@ LAYERS = [
     ["engines.*", "fused.*"],
     ["engine_builds", "engine_runs"],
     ["engine_gates", "engine_cache"],
-    ["device_arrays", "cubins"],
-    ["device.*"],
+    ["device_arrays"],
     ["device"],
     ["engines", "outputs", "report", "bench.frames"],
     ["report_page.sections", "engine_plans"],
@@ -46,14 +45,12 @@ LAYERS = [
 # Third-party libraries, each in the files that carry its name or its work.
 LIBRARIES = {
     "click": {"cli", "command_options", "commands.*"},
-    "cuda": {"device.cudacore", "cubins"},
     "cv2": {"images", "labels", "preprocess", "scenes"},
     "google": {"model_files"},
     "numpy": None,  # everywhere
     "onnx": {"model_files"},
     "onnxruntime": {"engines.onnxrt", "doctor"},
     "PIL": {"images", "labels", "preprocess", "plots"},
-    "pycuda": {"device.pycuda"},
     "pynvml": {"bench.power"},
     "rich": {"progress"},
     "safetensors": {"score_cache"},

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from command_line import Ran, cada, read
-from foreign_models import save_colour_model, spread_colours, write_images
+from command_line import Ran, cada, deliverables, read
+from foreign_models import save_colour_model, spread_colours, street_like, write_images
 from jsonschema import Draft202012Validator
 from onnx import helper
 from planted_faults import BY_GATE
 from stand_in_device import StandInDevice
 from trt_on_cpu import REAL, VERSIONS, environment, needs_stand_in, tensorrt_here, untouchable
 
+import cada_deploy
 from cada_deploy import engine_cache, engine_plans, engines
 from cada_deploy.engine_plans import Build, PlanOptions, manifest_path, read_manifest, read_plan
 from cada_deploy.errors import (
@@ -645,6 +646,85 @@ def test_gates_look_at_the_frames_that_are_given(
     assert ran.code == 0, ran.err
     manifest = read_manifest(out)
     assert manifest is not None and manifest.frames == f"4 of 4 images of {images}"
+
+
+def labelled(images: Path, out: Path, *options: str | Path | int) -> Ran:
+    return cada("pseudo-label", *PRESET, "--images", images, "--out", out, *options)
+
+
+def test_pseudo_labels_are_those_of_onnx_runtime_with_either_kind_of_file(
+    onnx_file: Path, images: Path, tmp_path: Path, cache: Path, trt: Any
+) -> None:
+    """The stand-in computes with ONNX Runtime, so the bytes must be the same."""
+    plan = tmp_path / "m.engine"
+    assert cada("export", onnx_file, "-o", plan, *PRESET, "--size", "48x64").code == 0
+    ways: dict[str, tuple[str | Path | int, ...]] = {
+        "ort": ("--model", onnx_file),
+        "onnx": ("--engine", "trt", "--model", onnx_file, "--size", "48x64"),
+        "batch": ("--engine", "trt", "--model", onnx_file, "--size", "48x64", "--batch-size", 3),
+        "plan": ("--engine", "trt", "--model", plan),
+    }
+    for name, options in ways.items():
+        ran = labelled(images, tmp_path / name, *options)
+        assert ran.code == 0, ran.err
+    if not REAL:
+        expected = deliverables(tmp_path / "ort")
+        assert len(expected) > 4
+        assert all(deliverables(tmp_path / name) == expected for name in ways)
+    identity = {name: read(tmp_path / name / "run.json")["identity"] for name in ways}
+    assert identity["onnx"]["engine"]["device_kind"] == "cuda"
+    assert identity["plan"]["model"] == identity["ort"]["model"], "the ONNX's digest in both"
+    assert "+plan." in identity["onnx"]["engine"]["version"]
+    again = labelled(images, tmp_path / "onnx", *ways["onnx"])
+    assert again.code == 0 and again.said("resuming") and not again.said("building")
+
+
+def test_another_engine_is_another_run(
+    onnx_file: Path, images: Path, tmp_path: Path, trt: Any
+) -> None:
+    options = ("--model", onnx_file, "--size", "48x64")
+    assert labelled(images, tmp_path / "out", *options).code == 0
+    ran = labelled(images, tmp_path / "out", "--engine", "trt", *options)
+    assert ran.code == 4 and ran.said("the engine, its version or its kind of device")
+
+
+def test_images_that_a_plan_does_not_take_are_told_with_their_sizes(
+    onnx_file: Path, tmp_path: Path, trt: Any
+) -> None:
+    plan = tmp_path / "m.engine"
+    ran = cada("export", onnx_file, "-o", plan, *PRESET, "--min-size", "16x16",
+               "--opt-size", "24x32", "--max-size", "32x40")  # fmt: skip
+    assert ran.code == 0, ran.err
+    write_images(tmp_path / "big", 1, (96, 128))
+    ran = cada("predict", "--engine", "trt", "--model", plan, "--images", tmp_path / "big",
+               "--out", tmp_path / "out")  # fmt: skip
+    assert ran.code == 4 and ran.said("at 96x128 (HxW)", "16x16 to 32x40, batch 1", "--size")
+    ran = cada("predict", "--engine", "trt", "--model", plan, "--images", tmp_path / "big",
+               "--out", tmp_path / "out", "--size", "32x40")  # fmt: skip
+    assert ran.code == 0, ran.err
+
+
+def test_compare_holds_a_plan_against_its_onnx(
+    onnx_file: Path, images: Path, tmp_path: Path, trt: Any
+) -> None:
+    plan = tmp_path / "m.engine"
+    assert cada("export", onnx_file, "-o", plan, *PRESET, "--size", "48x64").code == 0
+    gates = ("--images", images, *PRESET, "--max-margin", "0.01", "--quiet")
+    for b in ((plan,), (onnx_file, "--engine", "trt", "--size", "48x64")):
+        ran = cada("compare", onnx_file, *b, *gates)
+        assert ran.code == 0, ran.err
+        assert f"B {b[0]} (trt {trt.version()}+plan." in ran.out
+
+
+def test_the_python_api_builds_and_keeps_too(onnx_file: Path, cache: Path, trt: Any) -> None:
+    load = cada_deploy.load
+    model = load(onnx_file, preset="imagenet-rgb", engine="trt", size=SIZE)
+    frame = street_like(*SIZE, seed=4)
+    found = model.predict(frame)
+    expected = load(onnx_file, preset="imagenet-rgb", size=SIZE).predict(frame)
+    assert len(list(cache.glob("*.engine"))) == 1
+    if not REAL:
+        assert found.labels.tobytes() == expected.labels.tobytes()
 
 
 # --- two at once, and stopped ------------------------------------------------------------------
