@@ -358,8 +358,8 @@ def metadata(spec: ModelSpec) -> dict[str, Any]:
 
 
 def lowest_precision(path: Path) -> str:
-    """"int8", "float8", "float16", "bfloat16" or "float32": the narrowest kind of number that the
-    ONNX file's quantisation or the greater part of its weights is in; no check that it is used."""
+    """The narrowest kind of number that the ONNX file's quantisation or the greater part of its
+    weights is in: int8, float8, float16, bfloat16 or float32. No check that it is used."""
     proto = _parse(path, _read(path))
     tensors = _all_tensors(proto)
     named = {onnx.TensorProto.DataType.Name(t.data_type) for t in tensors}
