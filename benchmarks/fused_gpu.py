@@ -4,9 +4,9 @@ Frames of 19 classes, 129x257 -> 1024x2048, batches of 8 and 1: statistics with 
 labels and entropy, both upsample orders. Rivals on the same scores, with the same outputs: PyTorch
 eager and torch.compile (the faster of two ways to sum per class), and a bare loop of the kernel's
 own arithmetic without memory (bare_loop.cu), which no kernel of these bits can beat. First the
-GPU's bytes are compared with the CPU kernel's. Times are medians of pairs that took turns, between CUDA
-events, the L2 flushed before every run. Exits 3 without a GPU and says why, 4 when bytes differ, 5
-below a target.
+GPU's bytes are compared with the CPU kernel's. Times are medians of pairs that took turns, between
+CUDA events, the L2 flushed before every run. Exits 3 without a GPU and says why, 4 when bytes
+differ, 5 below a target.
 
     python benchmarks/fused_gpu.py [--quick] [--record]     rows: results/fused_gpu.jsonl
 """

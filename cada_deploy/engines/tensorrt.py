@@ -170,7 +170,9 @@ def _planned(
         input=manifest.input if manifest else Tensor(spec.input.name, spec.input.dtype, None),
         output=manifest.output if manifest else Tensor(spec.output.name, "float32", None),
         batch=None,  # the engine pads: any number of rows may come
-        classes_named=classes is not None or spec_file is not None or manifest is not None,
+        classes_named=classes is not None
+        or spec_file is not None
+        or (manifest is not None and preset is None),
         plan=plan,
     )
 

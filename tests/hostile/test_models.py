@@ -683,7 +683,7 @@ def test_the_torch_engine_refuses_an_onnx_model(run: Run, good: Path) -> None:
         (("--device", "nonsense"), 2, "cpu or cuda:N"),
         (("--device", "cuda"), 2, "cpu or cuda:N"),
         (("--device", "cuda:x"), 2, "cpu or cuda:N"),
-        (("--engine", "trt"), 3, "use --engine ort"),
+        (("--engine", "trt"), 3, "pip install 'cada-deploy[trt]'"),
         (("--engine", "tensorflow"), 2, "'tensorflow'"),
     ],
     ids=str,
