@@ -1,0 +1,50 @@
+"""The built program and library, ONNX Runtime's own library, and golden frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import pytest
+
+from cada_deploy import scenes
+
+from .built import built, ort_library
+from .cada_seg import Library
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    return built("plain")
+
+
+@pytest.fixture(scope="session")
+def program(folder: Path) -> Path:
+    return folder / "cada_seg"
+
+
+@pytest.fixture(scope="session")
+def library(folder: Path) -> Library:
+    return Library.at(folder / "libcada_seg.so")
+
+
+@pytest.fixture(scope="session")
+def ort() -> Path:
+    return ort_library()
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Street scenes in both lights, of several sizes and in subfolders, as PNGs."""
+    root = tmp_path_factory.mktemp("golden") / "frames"
+    crops = [(64, 128), (64, 128), (61, 117), (1, 1), (33, 128)]
+    for seed, (height, width) in enumerate(crops):
+        style = (scenes.SOURCE, scenes.TARGET)[seed % 2]
+        image = scenes.scene(seed, style, (64, 128)).image[:height, :width]
+        path = root / (f"street.{seed}.png" if seed % 2 else f"more/deeper/{seed}.PNG")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "x.png").touch()
+    (root / "notes.txt").touch()
+    return root
