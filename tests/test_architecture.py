@@ -27,7 +27,7 @@ LAYERS = [
     ["engines.*", "fused.*"],
     ["engine_builds", "engine_runs"],
     ["engine_gates", "engine_cache"],
-    ["device_arrays"],
+    ["device_arrays", "cubins"],
     ["device"],
     ["engines", "outputs", "report", "bench.frames"],
     ["report_page.sections", "engine_plans"],
@@ -44,6 +44,7 @@ LAYERS = [
 
 # Third-party libraries, each in the files that carry its name or its work.
 LIBRARIES = {
+    "cuda": {"cubins"},
     "click": {"cli", "command_options", "commands.*"},
     "cv2": {"images", "labels", "preprocess", "scenes"},
     "google": {"model_files"},

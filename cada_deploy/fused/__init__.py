@@ -18,14 +18,21 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from cada_deploy.errors import UsageError, nearest
+from cada_deploy.errors import ArtefactMismatch, UsageError, nearest
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import Rule
-from cada_deploy.scores import EncodedScores
+from cada_deploy.scores import EncodedScores, Upsampling
 from cada_deploy.statistics import ClassStatistics
 
 KERNEL_VERSION = 1  # part of the run id: bump when any output bit may change
 UNSELECTED = 255
+MAX_CLASSES = 255
+MAX_SIDE = (1 << 22) - 1  # as in kernels/pixel.h
+# Positions are the numbers of the enums in kernels/cada_fused.h; so are MEASURES and COMPARATORS.
+ORDERS = ("logits", "probs")
+WEIGHTINGS = ("confidence", "mean")
+MEANINGS = ("logits", "probabilities")
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
 Labels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -127,3 +134,64 @@ def best_kernel(threads: int = 1) -> FusedKernel:
         stacklevel=2,
     )
     return open_kernel("reference", threads)
+
+
+# ---- what compiled back ends check at their border ----
+
+
+def check_raw(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Scores as an engine gives them. Raises ArtefactMismatch."""
+    if len(shape) < 3:
+        raise ArtefactMismatch(f"scores have shape {shape}; expected (..., C, h, w)")
+    if dtype not in DTYPES:
+        raise ArtefactMismatch(f"scores are {dtype}; expected float32 or float16")
+    check_classes(shape[-3])
+
+
+def check_classes(classes: int) -> None:
+    if not 1 <= classes <= MAX_CLASSES:
+        raise ArtefactMismatch(f"the scores have {classes} classes; expected 1 to {MAX_CLASSES}")
+
+
+def check_encoded(
+    shape: tuple[int, ...], dtype: np.dtype[Any], upsampling: Upsampling, size: Size
+) -> None:
+    """Encoded scores (C, h, w) and the size of the labels that they are to become.
+
+    Raises ArtefactMismatch and UsageError."""
+    if len(shape) != 3 or dtype != np.float16 or 0 in shape:
+        raise ArtefactMismatch(
+            f"encoded scores are {dtype} of shape {shape}; "
+            "expected float16 (C, h, w) with no empty axis"
+        )
+    check_classes(shape[0])
+    sides = (*shape[1:], *size)
+    if len(size) != 2 or any(not 1 <= side <= MAX_SIDE for side in sides):
+        raise UsageError(
+            f"scores of {shape[1:]} (h, w) cannot become labels of {size} (H, W); "
+            f"every side must be 1 to {MAX_SIDE}"
+        )
+    if size[0] * size[1] > np.iinfo(np.int32).max:
+        raise UsageError(f"labels of {size} (H, W) have more than 2^31 - 1 pixels")
+    position("upsample order", upsampling.order, ORDERS)
+
+
+def check_mask(shape: tuple[int, ...], dtype: np.dtype[Any], size: Size) -> None:
+    if shape != tuple(size) or dtype != np.uint8:
+        raise ArtefactMismatch(
+            f"the mask is {dtype} of shape {shape}; expected uint8 {tuple(size)}"
+        )
+
+
+def check_rule(rule: Rule, classes: int) -> None:
+    if len(rule.thresholds) != classes:
+        raise ArtefactMismatch(
+            f"the rule has {len(rule.thresholds)} thresholds; the scores have {classes} classes"
+        )
+
+
+def position(what: str, word: str, known: tuple[str, ...]) -> int:
+    """The number of a word in kernels/cada_fused.h. Raises UsageError."""
+    if word not in known:
+        raise UsageError(f"{what} is {word!r}; {nearest(word, known)}")
+    return known.index(word)

@@ -18,8 +18,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, RunFailed, UsageError, nearest
-from cada_deploy.fused import Evidence, Labels, Selection
+from cada_deploy.errors import EnvironmentLacks, RunFailed, UsageError, nearest
+from cada_deploy.fused import (
+    DTYPES,
+    MEANINGS,
+    ORDERS,
+    WEIGHTINGS,
+    Evidence,
+    Labels,
+    Selection,
+    check_encoded,
+    check_mask,
+    check_raw,
+    check_rule,
+    position,
+)
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import COMPARATORS, MEASURES, Rule
 from cada_deploy.scores import EncodedScores
@@ -32,13 +45,6 @@ _LIBRARY = "libcada_fused.so"
 _ABI_VERSION = 1
 _NO_MEMORY = 2
 _UNSUPPORTED_ISA = 3
-# Positions are the numbers of the enums in kernels/cada_fused.h; so are MEASURES and COMPARATORS.
-_ORDERS = ("logits", "probs")
-_WEIGHTINGS = ("confidence", "mean")
-_MEANINGS = ("logits", "probabilities")
-_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
-_MAX_CLASSES = 255
-_MAX_SIDE = (1 << 22) - 1
 
 
 class _Frame(ctypes.Structure):
@@ -83,19 +89,15 @@ class Kernel:
         return _isa(self._library)
 
     def encode(self, scores: npt.NDArray[Any], meaning: str) -> npt.NDArray[np.float16]:
-        if scores.ndim < 3:
-            raise ArtefactMismatch(f"scores have shape {scores.shape}; expected (..., C, h, w)")
-        if scores.dtype not in _DTYPES:
-            raise ArtefactMismatch(f"scores are {scores.dtype}; expected float32 or float16")
-        _check_classes(scores.shape[-3])
+        check_raw(scores.shape, scores.dtype)
         raw = np.ascontiguousarray(scores)
         encoded = np.empty(raw.shape, np.float16)
         frames = int(np.prod(raw.shape[:-3], dtype=np.int64))
         self._call(
             "cada_encode",
             raw.ctypes.data,
-            _DTYPES.index(raw.dtype),
-            _position("meaning", meaning, _MEANINGS),
+            DTYPES.index(raw.dtype),
+            position("meaning", meaning, MEANINGS),
             ctypes.c_int64(frames),
             raw.shape[-3],
             ctypes.c_int64(raw.shape[-2] * raw.shape[-1]),
@@ -125,7 +127,7 @@ class Kernel:
         self._call(
             "cada_accumulate",
             ctypes.byref(frame.fields),
-            _position("weighting", weighting, _WEIGHTINGS),
+            position("weighting", weighting, WEIGHTINGS),
             self._threads,
             pixels.ctypes.data,
             sums.ctypes.data,
@@ -212,24 +214,9 @@ class _BorrowedFrame:
     @classmethod
     def of(cls, scores: EncodedScores, size: Size, mask: Labels | None) -> _BorrowedFrame:
         array = scores.array
-        if array.ndim != 3 or array.dtype != np.float16 or 0 in array.shape:
-            raise ArtefactMismatch(
-                f"encoded scores are {array.dtype} of shape {array.shape}; "
-                "expected float16 (C, h, w) with no empty axis"
-            )
-        _check_classes(array.shape[0])
-        sides = (*array.shape[1:], *size)
-        if len(size) != 2 or any(not 1 <= side <= _MAX_SIDE for side in sides):
-            raise UsageError(
-                f"scores of {array.shape[1:]} (h, w) cannot become labels of {size} (H, W); "
-                f"every side must be 1 to {_MAX_SIDE}"
-            )
-        if size[0] * size[1] > np.iinfo(np.int32).max:
-            raise UsageError(f"labels of {size} (H, W) have more than 2^31 - 1 pixels")
-        if mask is not None and (mask.shape != tuple(size) or mask.dtype != np.uint8):
-            raise ArtefactMismatch(
-                f"the mask is {mask.dtype} of shape {mask.shape}; expected uint8 {tuple(size)}"
-            )
+        check_encoded(array.shape, array.dtype, scores.upsampling, size)
+        if mask is not None:
+            check_mask(mask.shape, mask.dtype, size)
         arrays = tuple(np.ascontiguousarray(a) for a in (array, mask) if a is not None)
         fields = _Frame(
             arrays[0].ctypes.data,
@@ -237,7 +224,7 @@ class _BorrowedFrame:
             *array.shape,
             *size,
             int(scores.upsampling.align_corners),
-            _position("upsample order", scores.upsampling.order, _ORDERS),
+            ORDERS.index(scores.upsampling.order),
         )
         return cls(fields, arrays)
 
@@ -249,10 +236,7 @@ class _BorrowedRule:
 
     @classmethod
     def of(cls, rule: Rule, classes: int) -> _BorrowedRule:
-        if len(rule.thresholds) != classes:
-            raise ArtefactMismatch(
-                f"the rule has {len(rule.thresholds)} thresholds; the scores have {classes} classes"
-            )
+        check_rule(rule, classes)
         arrays = [rule.float32_thresholds]
         if rule.class_weights is not None:
             arrays.append(np.array(rule.class_weights, np.float32))
@@ -263,17 +247,6 @@ class _BorrowedRule:
             COMPARATORS.index(rule.comparator),
         )
         return cls(fields, tuple(arrays))
-
-
-def _check_classes(classes: int) -> None:
-    if not 1 <= classes <= _MAX_CLASSES:
-        raise ArtefactMismatch(f"the scores have {classes} classes; expected 1 to {_MAX_CLASSES}")
-
-
-def _position(what: str, word: str, known: tuple[str, ...]) -> int:
-    if word not in known:
-        raise UsageError(f"{what} is {word!r}; {nearest(word, known)}")
-    return known.index(word)
 
 
 def _address(array: npt.NDArray[Any] | None) -> int | None:

@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cada_deploy.errors import ArtefactMismatch, UsageError, nearest
-from cada_deploy.fused import UNSELECTED, Evidence, Labels, Selection
+from cada_deploy.fused import (
+    UNSELECTED,
+    Evidence,
+    Labels,
+    Selection,
+    check_classes,
+    check_rule,
+)
 from cada_deploy.model_spec import Size
 from cada_deploy.policies import Rule
 from cada_deploy.scores import EncodedScores
@@ -73,7 +80,7 @@ class Kernel:
             raise ArtefactMismatch(f"scores have shape {scores.shape}; expected (..., C, h, w)")
         if scores.dtype not in (np.float32, np.float16):
             raise ArtefactMismatch(f"scores are {scores.dtype}; expected float32 or float16")
-        _check_classes(scores.shape[-3])
+        check_classes(scores.shape[-3])
         with np.errstate(invalid="ignore", over="ignore"):
             z, valid = _logits(scores.astype(np.float32), meaning)
             highest = z.max(axis=-3, keepdims=True)
@@ -123,7 +130,7 @@ class Kernel:
         self, scores: EncodedScores, size: Size, rules: Sequence[Rule], mask: Labels | None = None
     ) -> npt.NDArray[np.int64]:
         for rule in rules:
-            _check_rule(rule, scores.classes)
+            check_rule(rule, scores.classes)
         selected = np.zeros((len(rules), scores.classes), np.int64)
         for rows in _rows(scores, size, mask):
             for counts, rule in zip(selected, rules):
@@ -141,7 +148,7 @@ class Kernel:
         entropy: bool = False,
         confidence: bool = False,
     ) -> Selection:
-        _check_rule(rule, scores.classes)
+        check_rule(rule, scores.classes)
         labels = np.full(size, UNSELECTED, np.uint8)
         entropy_map = np.full(size, np.nan, np.float32)
         confidence_map = np.full(size, np.nan, np.float32)
@@ -195,7 +202,7 @@ def _rows(scores: EncodedScores, size: Size, mask: Labels | None) -> Iterator[_R
             f"encoded scores are {scores.array.dtype} of shape {low.shape}; "
             "expected float16 (C, h, w) with no empty axis"
         )
-    _check_classes(low.shape[0])
+    check_classes(low.shape[0])
     if len(size) != 2 or min(size) < 1:
         raise UsageError(f"labels of {size} (H, W) cannot be made; every side must be 1 or more")
     if mask is None:
@@ -288,15 +295,3 @@ def _passes(rule: Rule, label: Indices, measure: Doubles) -> Bools:
 
 def _count(labels: Indices, classes: int) -> npt.NDArray[np.int64]:
     return np.bincount(labels, minlength=classes).astype(np.int64)
-
-
-def _check_classes(classes: int) -> None:
-    if not 1 <= classes <= 255:
-        raise ArtefactMismatch(f"the scores have {classes} classes; expected 1 to 255")
-
-
-def _check_rule(rule: Rule, classes: int) -> None:
-    if len(rule.thresholds) != classes:
-        raise ArtefactMismatch(
-            f"the rule has {len(rule.thresholds)} thresholds; the scores have {classes} classes"
-        )

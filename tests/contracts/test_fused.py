@@ -1,11 +1,14 @@
-"""Every fused back end against the float64 reference, and the native one against its own oracle.
+"""Every fused back end against the float64 reference, and the compiled ones against their oracle.
 
 The reference says what is correct, to a tolerance; the scalar kernel says the bits. Each
 instruction set that this processor has is a back end of its own here, and says which one it is.
+The CUDA kernels run on this processor, through tests/cuda_executor; with CADA_TEST_CUDA=cuda:0 in
+the environment they run on that GPU.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +16,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cuda_executor import build
+from cuda_executor.layer import ProcessorDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cada_deploy import fused
+from cada_deploy.device import Device, open_device
 from cada_deploy.errors import ArtefactMismatch, CadaError, EnvironmentLacks, UsageError
-from cada_deploy.fused import Evidence, FusedKernel, Selection, native, open_kernel, reference
+from cada_deploy.fused import (
+    Evidence,
+    FusedKernel,
+    Selection,
+    cuda,
+    native,
+    open_kernel,
+    reference,
+)
 from cada_deploy.policies import Rule
 from cada_deploy.scores import EncodedScores, Upsampling
 from cada_deploy.statistics import UNIT, ClassStatistics
@@ -46,16 +60,29 @@ def _available() -> list[str]:
 
 
 AVAILABLE = _available()
+GPU = os.environ.get("CADA_TEST_CUDA", "")
+CUDA = ["gpu" if GPU else "executor"]
 BACK_ENDS = [
-    name
+    f"{back_end}-{way}"
     for back_end in fused.back_ends()
-    for name in ([f"native-{isa}" for isa in AVAILABLE] if back_end == "native" else [back_end])
+    for way in {"native": AVAILABLE, "cuda": CUDA}.get(back_end, ["numpy"])
 ]
+
+
+def _cuda_device(seed: int = 0) -> Device:
+    if GPU:
+        return open_device(GPU)
+    if build.compiler() is None:
+        pytest.skip("not run: needs g++ for the CUDA executor")
+    return ProcessorDevice(seed=seed)
 
 
 @pytest.fixture(params=BACK_ENDS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[FusedKernel]:
     back_end, _, isa = str(request.param).partition("-")
+    if back_end == "cuda":
+        yield cuda.Kernel(device=_cuda_device())
+        return
     if back_end != "native":
         yield open_kernel(back_end, threads=2)
         return
@@ -313,6 +340,18 @@ def test_every_instruction_set_and_thread_count_gives_the_oracles_bits(
     for isa in AVAILABLE:
         for threads in (1, 3):
             assert _on(isa, threads, case, upsampling) == oracle, (isa, threads)
+
+
+@needs_native
+@pytest.mark.parametrize("upsampling", ORDERS, ids=str)
+@pytest.mark.parametrize("case", [*CASES, MOSTLY_FORBIDDEN], ids=lambda case: case.name)
+def test_the_cuda_kernels_give_the_oracles_bits_in_any_order_of_threads(
+    case: Case, upsampling: Upsampling
+) -> None:
+    oracle = _on("scalar", 1, case, upsampling)
+    orders = (1,) if GPU or os.environ.get(build.SANITIZED) else (0, 1)
+    for seed in orders:
+        assert _all_of(cuda.Kernel(device=_cuda_device(seed)), case, upsampling) == oracle
 
 
 @needs_native
