@@ -1,6 +1,8 @@
 /* Pillow's BICUBIC on 8-bit images: Keys' kernel with a = -0.5, stretched by the shrinking factor,
- * weights of 22 bits, first along rows, then along columns, rounded to 8 bits in between. Checked
- * against Pillow 13 (tests/runtime/test_preprocess.py). */
+ * weights of 22 bits, in two passes, rounded to 8 bits in between. Which pass comes first decides
+ * the last bit: Pillow 13 begins with the columns when the height loses more than twice as many pixels
+ * as the width; earlier versions always begin with the rows. Here it is as in 13
+ * (tests/runtime/test_preprocess.py). */
 #include <algorithm>
 #include <cmath>
 
@@ -50,6 +52,10 @@ std::vector<Window> windows(int32_t from, int32_t to) {
   return found;
 }
 
+size_t bytes_of(Size size) {
+  return size_t{3} * static_cast<size_t>(size.height) * static_cast<size_t>(size.width);
+}
+
 uint8_t clipped(int32_t sum) {
   return static_cast<uint8_t>(std::min(std::max(sum >> BITS, 0), 255));
 }
@@ -87,20 +93,27 @@ void along_columns(const Picture &from, int32_t height, uint8_t *out) {
 
 void resize_bicubic(const Picture &from, Size to, Pixels *out) {
   Picture picture = from;
-  Pixels widened;
-  const auto bytes = [](int32_t height, int32_t width) {
-    return size_t{3} * static_cast<size_t>(height) * static_cast<size_t>(width);
+  Pixels other;
+  const auto row_pass = [&] {
+    if (picture.size.width == to.width) return;
+    other.resize(bytes_of({picture.size.height, to.width}));
+    along_rows(picture, to.width, other.data());
+    out->swap(other);
+    picture = {out->data(), {picture.size.height, to.width}, int64_t{3} * to.width};
   };
-  if (from.size.width != to.width) {
-    widened.resize(bytes(from.size.height, to.width));
-    along_rows(from, to.width, widened.data());
-    picture = {widened.data(), {from.size.height, to.width}, int64_t{3} * to.width};
-  }
-  if (from.size.height != to.height) {
-    out->resize(bytes(to.height, to.width));
-    return along_columns(picture, to.height, out->data());
-  }
-  *out = std::move(widened); /* the caller resizes only what changes */
+  const auto column_pass = [&] {
+    if (picture.size.height == to.height) return;
+    other.resize(bytes_of({to.height, picture.size.width}));
+    along_columns(picture, to.height, other.data());
+    out->swap(other);
+    picture = {out->data(), {to.height, picture.size.width}, int64_t{3} * picture.size.width};
+  };
+  const int32_t lost_rows = from.size.height - to.height;
+  const int32_t lost_columns = from.size.width - to.width;
+  const bool columns_first = lost_rows > 0 && lost_rows > 2 * lost_columns;
+  if (columns_first) column_pass();
+  row_pass();
+  column_pass(); /* nothing is left to do after columns_first */
 }
 
 } // namespace cada::seg

@@ -96,7 +96,7 @@ class Library:
         half = json.loads(text)["input"].get("dtype") == "float16"
         height, width = size or image.shape[:2]
         row = np.zeros(3 * height * width, np.float16 if half else np.float32)
-        frame = _frame(image)
+        frame = frame_of(image)
         self.check(
             self.calls.cada_seg_preprocess(
                 text.encode(), ctypes.byref(frame), *(size or (0, 0)),
@@ -134,7 +134,7 @@ class Library:
         height, width = size or image.shape[:2]
         labels = np.zeros((height, width), np.uint8)
         entropy, confidence = np.zeros((2, height, width), np.float32)
-        frame = _frame(image)
+        frame = frame_of(image)
         result = Result(
             size=ctypes.sizeof(Result), height=height, width=width, labels=labels.ctypes.data,
             entropy=entropy.ctypes.data, confidence=confidence.ctypes.data,
@@ -143,7 +143,7 @@ class Library:
         return labels, entropy, confidence, result
 
 
-def _frame(image: np.ndarray) -> Image:
+def frame_of(image: np.ndarray) -> Image:
     """The image as it lies in memory, gaps between rows included."""
     assert image.dtype == np.uint8 and image.strides[1:] == (3, 1)
     return Image(image.ctypes.data, image.shape[0], image.shape[1], image.strides[0])
