@@ -110,7 +110,7 @@ def compile_with_nvrtc(source: Path, architecture: str, defines: Mapping[str, in
         arch=architecture,
         std="c++17",
         fma=False,
-        define_macro=[(name, str(value)) for name, value in sorted(defines.items())],
+        define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
         include_path=[str(source.parent)],
     )
     try:

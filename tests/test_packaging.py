@@ -38,6 +38,7 @@ def test_wheel_holds_what_runs(wheel: zipfile.ZipFile) -> None:
         "cada_deploy/demo_model/scenes19.onnx",
         "cada_deploy/kernel_sources/fused_cuda.cu",
         "cada_deploy/kernel_sources/pixel.h",
+        "cada_deploy/kernel_sources/preprocess_cuda.cu",
         "cada_deploy/report_page/page.css",
         "cada_deploy/schemas/thresholds.schema.json",
         "cada_deploy/training/source.py",

@@ -41,7 +41,7 @@ def reported(source: Path, architecture: str, classes: int) -> dict[str, tuple[i
     log = io.StringIO()
     options = core.ProgramOptions(
         name=source.name, arch=architecture, std="c++17", fma=False, ptxas_options=["-v"],
-        define_macro=[(k, str(v)) for k, v in defines(source, classes).items()],
+        define_macro=[(k, str(v)) for k, v in defines(source, classes).items()] or None,
         include_path=[str(KERNELS)],
     )  # fmt: skip
     program = core.Program(source.read_text(encoding="utf-8"), "c++", options)
@@ -79,6 +79,13 @@ def test_more_classes_than_the_fast_path_takes_are_refused_by_the_compiler() -> 
     assert core
     with pytest.raises(cubins.RunFailed, match="more than 64 classes"):
         cubins.compile_with_nvrtc(KERNELS / "fused_cuda.cu", "sm_90", {"CADA_CLASSES": 65})
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda source: source.stem)
+def test_nvrtc_compiles_it_as_at_first_use(source: Path) -> None:
+    pytest.importorskip("cuda.core", reason="not run: needs cuda-core")
+    image = cubins.compile_with_nvrtc(source, "sm_90", defines(source, 19))
+    assert image.startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("source", sources(), ids=lambda source: source.stem)
