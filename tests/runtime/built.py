@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 RUNTIME = KERNELS / "runtime"
+STAND_IN = Path(__file__).parent / "stand_in_tensorrt"
 KEPT = ROOT / "build" / "cada_seg_tests"
 
 
@@ -63,6 +64,20 @@ def _digest(options: Sequence[str], also: Sequence[Path]) -> str:
     for path in [*sources, *also]:
         digest.update(str(path.name).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def compiled(out: Path, *words: object, compiler: str = "g++") -> Path:
+    """A program or library made with g++. Skips where there is none."""
+    found = shutil.which(compiler)
+    if found is None:
+        pytest.skip(f"not run: needs {compiler}")
+    done = subprocess.run(
+        [found, "-std=c++17", "-Wall", "-Wextra", "-Werror", *map(str, words), "-o", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import pytest
 
 from cada_deploy import scenes
 
-from .built import built, ort_library
+from .built import KEPT, STAND_IN, built, compiled, ort_library
 from .cada_seg import Library
 
 
@@ -31,6 +32,38 @@ def library(folder: Path) -> Library:
 @pytest.fixture(scope="session")
 def ort() -> Path:
     return ort_library()
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build under the sanitizers, with the back end trt over the stand-in for TensorRT."""
+    trial = tmp_path_factory.mktemp("trial")
+    (trial / "empty.cpp").write_text("int main() {}\n")
+    try:
+        compiled(trial / "empty", trial / "empty.cpp", "-fsanitize=address,undefined")
+    except AssertionError:
+        pytest.skip("not run: this g++ has no sanitizer libraries")
+    sources = sorted(STAND_IN.iterdir())
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    library = KEPT / f"stand_in-{digest}" / "libnvinfer.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        made = compiled(trial / library.name, "-shared", "-fPIC", "-O1", STAND_IN / "stand_in.cpp")
+        made.replace(library)
+    return built(
+        "sanitized",
+        [
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
+            "-DCADA_SEG_SANITIZE=ON",
+            "-DCADA_SEG_TENSORRT=ON",
+            f"-DTENSORRT_INCLUDE={STAND_IN}",
+            f"-DTENSORRT_LIBRARY={library}",
+            f"-DCUDART_INCLUDE={STAND_IN}",
+            f"-DCUDART_LIBRARY={library}",
+        ],
+        sources,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,9 @@ public:
     const char *bytes = static_cast<const char *>(blob);
     Plan plan{};
     if (size < 56 || std::memcmp(bytes + 28, "lin1", 4) != 0) return refused();
-    std::memcpy(&plan, bytes + 32, 24);
+    int32_t numbers[6];
+    std::memcpy(numbers, bytes + 32, sizeof numbers);
+    plan = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], {}};
     plan.weights.resize(4 * static_cast<size_t>(plan.classes));
     if (size != 56 + 16 * static_cast<size_t>(plan.classes)) return refused();
     std::memcpy(plan.weights.data(), bytes + 56, size - 56);
