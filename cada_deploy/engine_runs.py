@@ -104,13 +104,25 @@ class _Kept:
 
 
 class EngineRuns:
-    """Thread-safe: one lock around every enqueue, which takes microseconds."""
+    """Thread-safe: one lock around every enqueue, which takes microseconds.
 
-    def __init__(self, gpu: Device, contexts: Contexts, network: Network, name: str) -> None:
+    exclusive: all passes share activations, whatever their shape, so each waits for the one before.
+    """
+
+    def __init__(
+        self,
+        gpu: Device,
+        contexts: Contexts,
+        network: Network,
+        name: str,
+        *,
+        exclusive: bool = False,
+    ) -> None:
         self._gpu = gpu
         self._contexts = contexts
         self._network = network
         self._name = name
+        self._passed = gpu.event() if exclusive else None  # after the last pass of all
         self._lock = threading.Lock()
         self._here = threading.local()
         self._shapes: OrderedDict[Shape, _Kept] = OrderedDict()
@@ -217,7 +229,7 @@ class EngineRuns:
         return _Slot(shared, batch, output, tail, self._gpu.event())
 
     def _shared(self, kept: _Kept, shape: Shape, stream: Stream) -> _Shared:
-        if len(kept.contexts) < CONTEXTS:
+        if len(kept.contexts) < (CONTEXTS if self._passed is None else 1):
             context = self._contexts.context(shape, stream)
             scores = context.scores
             if len(scores) != 4 or any(d < 1 for d in scores) or scores[0] != self.batch:
@@ -225,10 +237,15 @@ class EngineRuns:
                     f"{self._name} gives scores of shape {scores} for a batch of shape {shape}; "
                     f"expected ({self.batch}, C, h, w)"
                 )
-            passed = self._gpu.event()
-            passed.record(stream)
-            kept.contexts.append(_Shared(context, passed))
+            kept.contexts.append(_Shared(context, self._passed_event(stream)))
         return min(kept.contexts, key=lambda shared: shared.slots)
+
+    def _passed_event(self, stream: Stream) -> Event:
+        if self._passed is not None:
+            return self._passed
+        passed = self._gpu.event()
+        passed.record(stream)
+        return passed
 
     # -- one pass
 

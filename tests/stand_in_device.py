@@ -9,6 +9,7 @@ take part.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from cada_deploy.errors import RunFailed
 
 Work = Callable[[], None]
 
+_one_at_a_time = threading.RLock()
 _handles = itertools.count(0x1000)
 _streams: weakref.WeakValueDictionary[int, LazyStream] = weakref.WeakValueDictionary()
 _memory: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()
@@ -67,8 +69,9 @@ class LazyStream:
             self.pending.append(work)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        while self.pending and not until():
-            self.pending.popleft()()
+        with _one_at_a_time:  # whoever waits does the work, and others may wait for the same
+            while self.pending and not until():
+                self.pending.popleft()()
 
     def synchronize(self) -> None:
         if self.capturing is not None:
@@ -76,8 +79,13 @@ class LazyStream:
         self.run()
 
     def wait(self, event: LazyEvent) -> None:
-        point = event.point
-        self.add(lambda: event.reach(point))
+        if event.captured is not None:  # as in CUDA: who waits for a captured point is captured
+            if self.pending and self.capturing is None:
+                raise RunFailed("a stream with work of its own joins a capture")
+            self.capturing = event.captured
+            return
+        point, source = event.point, event.stream  # as they are now: it may be recorded again
+        self.add(lambda: event.reach(point, source))
 
 
 class LazyEvent:
@@ -88,18 +96,22 @@ class LazyEvent:
         self.point = 0  # of the last record
         self.passed = 0
         self.stream: LazyStream | None = None
+        self.captured: list[Work] | None = None  # recorded in this capture, not in time
 
     def record(self, stream: LazyStream) -> None:
+        self.captured = stream.capturing
+        if self.captured is not None:
+            return
         self.point += 1
         self.stream, point = stream, self.point
-        stream.add(lambda: setattr(self, "passed", point))
+        stream.add(lambda: setattr(self, "passed", max(self.passed, point)))
 
-    def reach(self, point: int) -> None:
-        if self.stream is not None:
-            self.stream.run(lambda: self.passed >= point)
+    def reach(self, point: int, source: LazyStream | None) -> None:
+        if source is not None:
+            source.run(lambda: self.passed >= point)
 
     def synchronize(self) -> None:
-        self.reach(self.point)
+        self.reach(self.point, self.stream)
 
     @property
     def done(self) -> bool:
@@ -133,9 +145,12 @@ class StandInDevice:
     limit_bytes: int = 1 << 30
     captures: str = "right"
     launched: list[str] = field(default_factory=list)
+    streams: weakref.WeakSet[LazyStream] = field(default_factory=weakref.WeakSet)
 
     def stream(self) -> LazyStream:
-        return LazyStream()
+        made = LazyStream()
+        self.streams.add(made)
+        return made
 
     def borrowed_stream(self, handle: int) -> LazyStream:
         return _streams[handle]
@@ -173,13 +188,15 @@ class StandInDevice:
         try:
             work()
         finally:
-            stream.capturing = None
+            for other in list(_streams.values()):
+                if other.capturing is recorded:
+                    other.capturing = None
         return LazyGraph(() if self.captures == "empty" else tuple(recorded))
 
     def memory(self) -> tuple[int, int]:
         return self.limit_bytes, self.limit_bytes
 
     def synchronize(self) -> None:
-        for stream in list(_streams.values()):
+        for stream in list(self.streams):
             if stream.capturing is None:
                 stream.run()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,8 @@ from cada_deploy.bench.host import Host
 from cada_deploy.bench.measuring import FrameTimes, RunTimes
 from cada_deploy.device import Device, Event, Memory, Stream
 from cada_deploy.device_arrays import DeviceArray, empty
+from cada_deploy.engines import DeviceEngine
 from cada_deploy.model_spec import Size
-from cada_deploy.scores import Scores
-
-
-class DeviceEngine(Protocol):
-    """An engine that enqueues on our stream, as those on a GPU do."""
-
-    def infer_on(self, batch: DeviceArray, stream: Stream) -> Scores: ...
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ from cada_deploy.bench.measuring import FrameTimes, RunTimes, Series, Subject, r
 from cada_deploy.bench.measuring import warm_up as warmed_up
 from cada_deploy.bench.words import warnings
 from cada_deploy.device import Device, is_cuda, open_device
+from cada_deploy.engines import DeviceEngine
 from cada_deploy.errors import ArtefactMismatch, UsageError
 from cada_deploy.fused import best_kernel
 from cada_deploy.labelling import ModelChoice
@@ -173,8 +174,8 @@ def _subject(
     options: BenchOptions, pipeline: Pipeline, frames: Frames, gpu: Device | None
 ) -> Subject:
     host = open_host(pipeline, frames, options.batch_size, options.png)
-    engine: Any = pipeline.engine
-    if gpu is None or not hasattr(engine, "infer_on"):
+    engine = pipeline.engine
+    if gpu is None or not isinstance(engine, DeviceEngine):
         return host
     return open_on_device(host, gpu, engine)
 

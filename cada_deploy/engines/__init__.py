@@ -15,12 +15,14 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
 from cada_deploy import model_files
 from cada_deploy.classes import ClassSet
+from cada_deploy.device import Stream
+from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.engine_plans import Build
 from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
 from cada_deploy.model_files import Model
@@ -45,6 +47,17 @@ class Engine(Protocol):
         On the CPU every row is run alone, so a row's scores cannot depend on its neighbours.
         Raises ArtefactMismatch when the model gives another shape than it promised.
         """
+        ...
+
+
+@runtime_checkable
+class DeviceEngine(Engine, Protocol):
+    """An engine on a GPU, which enqueues on our stream."""
+
+    def infer_on(self, batch: DeviceArray, stream: Stream) -> Scores:
+        """As infer, from and to the device: scores.array is a DeviceArray, scores.ready the event
+        after which it holds the values. It stays until the next call with a batch of this address
+        and shape. Raises ArtefactMismatch, OutOfDeviceMemory, DeviceLost."""
         ...
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from command_line import child_environment
 from foreign_models import linear_scores, save_colour_model, spread_colours
+from stand_in_ort_cuda import ort_cuda_here
 from trt_on_cpu import tensorrt_here
 
 from cada_deploy import engines
@@ -23,6 +24,8 @@ from cada_deploy.model_files import Model, load_model
 
 COLOURS = spread_colours(5)
 NAMES = sorted(engines.engines())
+ORT_ON_CUDA = "ort on cuda:0"  # the real session of the CPU, bound and ordered as on a GPU
+WAYS = [*NAMES, ORT_ON_CUDA]
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,13 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def onnx_runtime_on_cuda() -> Iterator[None]:
+    """A stand-in for ONNX Runtime's CUDA provider, likewise."""
+    with ort_cuda_here():
+        yield
+
+
 def foreign(path: Path, **options: object) -> Model:
     save_colour_model(path, COLOURS, **options)  # type: ignore[arg-type]
     return load_model(path, preset="imagenet-rgb")
@@ -40,9 +50,10 @@ def foreign(path: Path, **options: object) -> Model:
 
 def opened(name: str, path: Path, **options: object) -> engines.Engine:
     """The engine on a colour model in its own kind of file; skipped where it cannot run here."""
+    name, _, device = name.partition(" on ")
     try:
         model = own_kind(name, path, **options)
-        return engines.open_engine(name, model, engines.default_device(name))
+        return engines.open_engine(name, model, device or engines.default_device(name))
     except EnvironmentLacks as error:
         pytest.skip(f"not run: {error}")
     except UsageError as error:
@@ -98,7 +109,7 @@ def test_a_module_declares_its_name(name: str) -> None:
     assert callable(module.open) and re.match(r"\d+\.\d+", module.version())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 def test_the_scores_are_the_networks(name: str, tmp_path: Path) -> None:
     engine = opened(name, tmp_path / "m.onnx", stride=1)
     rows = batch(2)
@@ -110,7 +121,7 @@ def test_the_scores_are_the_networks(name: str, tmp_path: Path) -> None:
     assert np.abs(scores.array - expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("stride", [1, 8])
 def test_a_rows_bits_do_not_depend_on_its_neighbours(
     name: str, stride: int, tmp_path: Path
@@ -124,7 +135,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(
     assert engine.infer(rows[::-1].copy()).array[::-1].tobytes() == together.tobytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 def test_many_threads_may_call_at_once_and_get_the_same_bits(name: str, tmp_path: Path) -> None:
     engine = opened(name, tmp_path / "m.onnx")
     rows = batch(1, 64, 96)
@@ -134,7 +145,7 @@ def test_many_threads_may_call_at_once_and_get_the_same_bits(name: str, tmp_path
     assert found == [expected] * 24
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WAYS)
 def test_nan_and_infinity_come_through(name: str, tmp_path: Path) -> None:
     engine = opened(name, tmp_path / "m.onnx", stride=1)
     rows = batch(1)
