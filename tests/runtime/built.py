@@ -20,17 +20,14 @@ STAND_IN = Path(__file__).parent / "stand_in_tensorrt"
 KEPT = ROOT / "build" / "cada_seg_tests"
 
 
-def built(name: str, options: Sequence[str] = (), also: Sequence[Path] = ()) -> Path:
-    """A finished build of kernels/runtime with these CMake options. Skips where it cannot be made.
-
-    `also` are files outside kernels/ that the build depends on.
-    """
+def built(name: str, options: Sequence[str] = ()) -> Path:
+    """A finished build of kernels/runtime with these CMake options. Skips where none can be."""
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("not run: needs cmake")
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("not run: needs a C++ compiler")
-    folder = KEPT / f"{name}-{_digest(options, also)[:16]}"
+    folder = KEPT / f"{name}-{_digest(options)[:16]}"
     KEPT.mkdir(parents=True, exist_ok=True)
     with _locked(KEPT / f"{name}.lock"):
         if not (folder / "done").exists():
@@ -58,10 +55,9 @@ def _make(cmake: str, folder: Path, options: Sequence[str]) -> None:
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
 
 
-def _digest(options: Sequence[str], also: Sequence[Path]) -> str:
+def _digest(options: Sequence[str]) -> str:
     digest = hashlib.sha256("\0".join(options).encode())
-    sources = [p for p in sorted(KERNELS.rglob("*")) if p.is_file() and p.suffix != ".cu"]
-    for path in [*sources, *also]:
+    for path in sorted(p for p in KERNELS.rglob("*") if p.is_file() and p.suffix != ".cu"):
         digest.update(str(path.name).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -86,6 +82,27 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def stand_in(compiler: str = "g++") -> list[str]:
+    """The CMake options that build the back end trt over the stand-in for TensorRT."""
+    sources = sorted(STAND_IN.iterdir())
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    library = KEPT / f"stand_in-{compiler}-{digest}" / "libnvinfer.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        made = compiled(
+            library.with_name(f"{os.getpid()}.so"), "-shared", "-fPIC", "-O1", "-ffp-contract=off",
+            "-Wl,-soname,libnvinfer.so", STAND_IN / "stand_in.cpp", compiler=compiler,
+        )  # fmt: skip
+        made.replace(library)
+    return [
+        "-DCADA_SEG_TENSORRT=ON",
+        f"-DTENSORRT_INCLUDE={STAND_IN}",
+        f"-DTENSORRT_LIBRARY={library}",
+        f"-DCUDART_INCLUDE={STAND_IN}",
+        f"-DCUDART_LIBRARY={library}",
+    ]
 
 
 def ort_library() -> Path:

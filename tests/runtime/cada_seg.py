@@ -20,7 +20,7 @@ from .built import environment
 DONE, FAILED, USAGE, LACKS, MISMATCH, REJECTED = 0, 1, 2, 3, 4, 6
 
 
-def run(program: Path, *arguments: Argument, **more: str) -> Ran:
+def run(program: Argument, *arguments: Argument, **more: str) -> Ran:
     """`cada_seg ARGUMENTS`. A crash or a hang fails the test."""
     done = subprocess.run(
         [str(program), *(str(a) for a in arguments)],

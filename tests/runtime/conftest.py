@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import cv2
@@ -10,7 +9,7 @@ import pytest
 
 from cada_deploy import scenes
 
-from .built import KEPT, STAND_IN, built, compiled, ort_library
+from .built import built, compiled, ort_library, stand_in
 from .cada_seg import Library
 
 
@@ -43,27 +42,8 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compiled(trial / "empty", trial / "empty.cpp", "-fsanitize=address,undefined")
     except AssertionError:
         pytest.skip("not run: this g++ has no sanitizer libraries")
-    sources = sorted(STAND_IN.iterdir())
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-    library = KEPT / f"stand_in-{digest}" / "libnvinfer.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        made = compiled(trial / library.name, "-shared", "-fPIC", "-O1", STAND_IN / "stand_in.cpp")
-        made.replace(library)
-    return built(
-        "sanitized",
-        [
-            "-DCMAKE_BUILD_TYPE=Debug",
-            "-DCMAKE_CXX_FLAGS_DEBUG=-O1",
-            "-DCADA_SEG_SANITIZE=ON",
-            "-DCADA_SEG_TENSORRT=ON",
-            f"-DTENSORRT_INCLUDE={STAND_IN}",
-            f"-DTENSORRT_LIBRARY={library}",
-            f"-DCUDART_INCLUDE={STAND_IN}",
-            f"-DCUDART_LIBRARY={library}",
-        ],
-        sources,
-    )
+    debug = ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0", "-DCADA_SEG_SANITIZE=ON"]
+    return built("sanitized", [*debug, *stand_in()])
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 /* Hands files of every kind to every reader of libcada_seg, and frames of awkward sizes to its
- * preprocessing, for the sanitizers to watch. Prints a digest of what came out, so that two
+ * preprocessing, for the sanitizers to watch; a plan that opens labels frames. Prints a digest of what came out, so that two
  * architectures can be compared. Usage: driver FILE... */
 #include <cstdint>
 #include <cstdio>
@@ -26,6 +26,34 @@ void note_code(int code) {
   if (code != CADA_SEG_DONE && *cada_seg_error() == '\0') std::abort();
 }
 
+/* Frames of a few sizes through an open model, labels at another size now and then. */
+void label(cada_seg *model) {
+  uint32_t dice = 7;
+  for (const int32_t side : {16, 33, 47, 64}) {
+    const int32_t width = 80 - side;
+    std::vector<uint8_t> pixels(static_cast<size_t>(3 * side * width));
+    for (uint8_t &value : pixels) {
+      dice = dice * 1664525u + 1013904223u;
+      value = static_cast<uint8_t>(dice >> 24);
+    }
+    const cada_seg_image frame{pixels.data(), side, width, 0};
+    cada_seg_result result{};
+    result.size = sizeof result;
+    result.height = side % 2 ? 2 * side + 1 : side;
+    result.width = side % 2 ? 3 * width : width;
+    const size_t count = static_cast<size_t>(result.height * result.width);
+    std::vector<uint8_t> labels(count);
+    std::vector<float> entropy(count), confidence(count);
+    result.labels = labels.data();
+    result.entropy = entropy.data();
+    result.confidence = confidence.data();
+    note_code(cada_seg_label(model, &frame, &result));
+    note(labels.data(), count);
+    note(entropy.data(), count * sizeof(float));
+    note(confidence.data(), count * sizeof(float));
+  }
+}
+
 void read_as_everything(const std::string &path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> data{std::istreambuf_iterator<char>(file), {}};
@@ -47,6 +75,7 @@ void read_as_everything(const std::string &path) {
       cada_seg *model = nullptr;
       const int code = cada_seg_open(&options, &model);
       if ((code == CADA_SEG_DONE) != (model != nullptr)) std::abort();
+      if (model) label(model);
       cada_seg_close(model);
     }
   }

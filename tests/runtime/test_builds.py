@@ -12,14 +12,16 @@ from pathlib import Path
 
 import onnx
 import pytest
+from command_line import Argument
 
 from cada_deploy.demo import DEMO_MODEL
 
-from .built import RUNTIME, built, compiled, environment
+from .built import RUNTIME, built, compiled, environment, stand_in
 from .cada_seg import DONE, run
 from .test_decode import BAD, JPEG, PNGS
 from .test_labels import assert_same
 from .test_preprocess import GOOD_TEXT, TEXTS
+from .test_tensorrt import SPEC, plan_bytes, plan_file
 
 HERE = Path(__file__).parent
 
@@ -55,7 +57,10 @@ def test_no_access_outside_a_buffer_and_no_undefined_behaviour(
     sanitized: Path, files: list[Path], ort: Path, golden: Path, program: Path, tmp_path: Path
 ) -> None:
     driver = driver_of(sanitized, tmp_path / "driver", "-fsanitize=address,undefined")
-    ran = run(driver, *files, ASAN_OPTIONS="detect_leaks=1", UBSAN_OPTIONS="print_stacktrace=1")
+    plan = plan_file(tmp_path / "m.engine", plan_bytes(3), SPEC)
+    ran = run(
+        driver, plan, *files, ASAN_OPTIONS="detect_leaks=1", UBSAN_OPTIONS="print_stacktrace=1"
+    )
     assert ran.code == 0, ran.err[-4000:]
     assert len(ran.out) == 17 and not ran.err
     # ONNX Runtime itself keeps memory to the end, so leaks are not looked for here.
@@ -78,29 +83,28 @@ def test_no_access_outside_a_buffer_and_no_undefined_behaviour(
     assert_same(tmp_path / "one", tmp_path / "two", "entropy")
 
 
-def test_the_library_builds_for_arm_and_prepares_frames_with_the_same_bytes(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_an_arm_build_gives_the_same_labels_and_entropies(sanitized: Path, tmp_path: Path) -> None:
+    """Preprocessing, score encoding and the fused kernel, on the frames of the driver; the network
+    is the stand-in's plan."""
     compiler = "aarch64-linux-gnu-g++"
     if shutil.which(compiler) is None:
         pytest.skip(f"not run: needs {compiler} (Debian: g++-aarch64-linux-gnu)")
-    arm = built(
-        "aarch64",
-        ["-DCADA_SEG_CODECS=OFF", f"-DCMAKE_TOOLCHAIN_FILE={RUNTIME / 'aarch64.cmake'}"],
-    )
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={RUNTIME / 'aarch64.cmake'}"
+    arm = built("aarch64", ["-DCADA_SEG_CODECS=OFF", toolchain, *stand_in(compiler)])
     header = (arm / "libcada_seg.so").read_bytes()[:20]
     assert header[:4] == b"\x7fELF" and header[18:20] == b"\xb7\x00"  # EM_AARCH64
-    driver = driver_of(arm, tmp_path / "arm", compiler=compiler)
-    here = run(driver_of(folder, tmp_path / "here"))
-    emulator = shutil.which("qemu-aarch64")
+    there = driver_of(arm, tmp_path / "arm", "-Wl,--allow-shlib-undefined", compiler=compiler)
+    here = driver_of(sanitized, tmp_path / "here", "-fsanitize=address,undefined")
+    plan = plan_file(tmp_path / "m.engine", plan_bytes(half=True), SPEC)
     if platform.machine() == "aarch64":
-        there = run(driver)
-    elif emulator is None:
-        pytest.skip("not run beyond linking: needs qemu-aarch64 (Debian: qemu-user)")
+        words: list[Argument] = [there, plan]
+    elif emulator := shutil.which("qemu-aarch64"):
+        words = [emulator, "-L", "/usr/aarch64-linux-gnu", there, plan]
     else:
-        there = run(Path(emulator), "-L", "/usr/aarch64-linux-gnu", driver)
-    assert here.code == there.code == 0, there.err
-    assert here.out == there.out
+        pytest.skip("not run beyond linking: needs qemu-aarch64 (Debian: qemu-user)")
+    one, two, empty = run(here, plan), run(words[0], *words[1:]), run(here)
+    assert one.code == two.code == 0, two.err
+    assert one.out == two.out != empty.out
 
 
 def _header(name: str, variable: str, *places: str) -> Path:

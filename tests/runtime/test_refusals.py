@@ -7,12 +7,14 @@ import json
 import os
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import onnx
 import pytest
+from command_line import Ran
 from foreign_models import save_colour_model, spread_colours
 from onnx import helper
 
@@ -53,9 +55,9 @@ def demo(frame: Path, ort: Path, tmp_path: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def ran(program: Path, options: dict[str, object], *more: object, **variables: str):  # type: ignore[no-untyped-def]
+def ran(program: Path, options: dict[str, object], *more: object, **variables: str) -> Ran:
     words = [word for pair in options.items() for word in pair]
-    return run(program, *words, *more, **variables)  # type: ignore[arg-type]
+    return run(program, *map(str, words), *map(str, more), **variables)
 
 
 def test_the_unchanged_options_work(program: Path, demo: dict[str, object]) -> None:
@@ -184,8 +186,6 @@ def test_specs_from_files(program: Path, demo: dict[str, object], tmp_path: Path
 def test_a_preset_stands_for_any_number_of_classes_only_inside_the_model(
     program: Path, demo: dict[str, object], tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     plain = save_colour_model(tmp_path / "plain.onnx", spread_colours(7))
     preset = replace(spec_of("imagenet-rgb", 5), preset="imagenet-rgb")
     inside = with_spec(plain, preset, tmp_path / "inside.onnx")

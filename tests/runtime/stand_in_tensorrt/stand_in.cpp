@@ -60,6 +60,12 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 namespace {
 
+#ifdef __aarch64__
+using Half = __fp16; /* g++ 12 knows no _Float16 in C++ there */
+#else
+using Half = _Float16;
+#endif
+
 struct Plan {
   int32_t batch, classes, smallest, largest, half, fails;
   std::vector<float> weights;
@@ -105,7 +111,7 @@ private:
         const size_t start = (static_cast<size_t>(n) * static_cast<size_t>(plan_.classes) + c) * plane;
         for (size_t i = 0; i < plane; ++i) {
           const float score = ((w[0] * x[i] + w[1] * x[plane + i]) + w[2] * x[2 * plane + i]) + w[3];
-          if (plan_.half) static_cast<_Float16 *>(logits_)[start + i] = static_cast<_Float16>(score);
+          if (plan_.half) static_cast<Half *>(logits_)[start + i] = static_cast<Half>(score);
           else static_cast<float *>(logits_)[start + i] = score;
         }
       }
