@@ -46,7 +46,7 @@ struct BackendOptions {
   std::string output_name;
   std::string ort_library;  /* "" = search */
   std::string plan_version; /* trt */
-  bool version_compatible = false;
+  bool version_compatible = false, verified = false;
   int32_t threads = 1;
   int32_t device = 0;
 };

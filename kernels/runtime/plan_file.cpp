@@ -93,6 +93,8 @@ PlanFile examine_plan(const Bytes &content, const std::string &path) {
   check_content(content, path, manifest);
   found.spec = *member(manifest, "spec");
   found.version_compatible = has_flag(manifest, "VERSION_COMPATIBLE");
+  const Json *verified = member(manifest, "verified");
+  found.verified = verified && verified->as<bool>() && *verified->as<bool>();
   return found;
 }
 

@@ -14,6 +14,7 @@ struct PlanFile {
   std::string version;       /* of the TensorRT that built it: "10.3.0.30" */
   std::optional<Json> spec;  /* the manifest's; none without a manifest */
   bool version_compatible = false;
+  bool verified = false;     /* it passed the gates after its build */
 };
 
 std::string manifest_path(const std::string &plan);

@@ -54,6 +54,7 @@ std::optional<Json> examine(BackendOptions *options, bool trt) {
     const PlanFile plan = examine_plan(options->content, options->path);
     options->plan_version = plan.version;
     options->version_compatible = plan.version_compatible;
+    options->verified = plan.verified;
     return plan.spec;
   }
   const OnnxFile onnx = examine_onnx(options->content, options->path);
@@ -104,8 +105,9 @@ Session::Session(const cada_seg_options &given)
   options.threads = threads_;
   options.device = given.device;
   std::optional<Json> spec = examine(&options, trt);
-  classes_named_ = given.spec && *given.spec;
-  if (classes_named_) spec = spec_in(given.spec);
+  const bool stated = given.spec && *given.spec;
+  if (stated) spec = spec_in(given.spec);
+  classes_named_ = stated || trt;
   if (!spec && trt) {
     fail(CADA_SEG_MISMATCH, path_, " has no ", manifest_path(path_), " beside it, so nothing says "
          "how it is fed. Copy the manifest too, or give --spec FILE.json");
@@ -115,7 +117,7 @@ Session::Session(const cada_seg_options &given)
          "--spec FILE.json (docs/cada_seg.md shows how to make one), or export the model with "
          "cada-deploy export, which puts the spec inside");
   }
-  spec_ = spec_from_json(*spec, classes_named_ ? std::string(given.spec) : "the spec in " + path_);
+  spec_ = spec_from_json(*spec, stated ? std::string(given.spec) : "the spec in " + path_);
   options.input_name = spec_.input.name;
   options.output_name = spec_.output.name;
   backend_ = trt ? open_tensorrt(options) : open_onnxruntime(options);

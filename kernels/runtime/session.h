@@ -29,7 +29,7 @@ private:
 
   std::string path_;
   ModelSpec spec_;
-  bool classes_named_ = false; /* by --spec: then the count must fit */
+  bool classes_named_ = false; /* by --spec or a manifest: then the count must fit */
   int32_t threads_;
   Size wanted_;
   std::unique_ptr<Backend> backend_;

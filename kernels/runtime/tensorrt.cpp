@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <mutex>
 
 #include "backend.h"
 #include "failure.h"
@@ -22,19 +23,24 @@ void check(cudaError_t code, const char *what) {
   fail(none ? CADA_SEG_LACKS : CADA_SEG_FAILED, "CUDA, ", what, ": ", cudaGetErrorString(code));
 }
 
-/* TensorRT says why something failed to its logger alone. Our thread asks, its threads may write. */
+/* TensorRT says why something failed to its logger alone, from any of its threads. */
 class Logger final : public nvinfer1::ILogger {
 public:
   void log(Severity severity, nvinfer1::AsciiChar const *message) noexcept override {
     if (severity > Severity::kERROR) return;
     try {
+      const std::lock_guard<std::mutex> lock(mutex_);
       last_ = message ? message : "";
     } catch (...) { /* no memory for the sentence */
     }
   }
-  std::string last() const { return last_.empty() ? "no reason given" : last_; }
+  std::string last() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return last_.empty() ? "no reason given" : last_;
+  }
 
 private:
+  std::mutex mutex_;
   std::string last_;
 };
 
@@ -130,7 +136,8 @@ void check_version(const BackendOptions &options) {
 
 class TensorRT final : public Backend {
 public:
-  explicit TensorRT(const BackendOptions &options) : path_(options.path) {
+  explicit TensorRT(const BackendOptions &options)
+      : path_(options.path), verified_(options.verified) {
     check_version(options);
     check(cudaSetDevice(options.device), "device");
     stream_ = std::make_unique<Stream>();
@@ -148,7 +155,9 @@ public:
     settle(options);
   }
 
-  std::string name() const override { return "tensorrt " + library_version(); }
+  std::string name() const override {
+    return "tensorrt " + library_version() + (verified_ ? "" : " (unverified plan)");
+  }
   const Tensor &input() const override { return input_; }
   const Tensor &output() const override { return output_; }
 
@@ -191,12 +200,24 @@ private:
     output_memory_ = std::vector<DeviceMemory>(outputs_.size());
     require_plain(input_, "input");
     require_plain(output_, "output");
-    batch_ = input_.shape.empty() ? 1 : input_.shape[0];
-    if (batch_ < 1) {
-      batch_ = engine_->getProfileShape(input_.name.c_str(), 0, nvinfer1::OptProfileSelector::kMIN)
-                   .d[0];
+    fix_what_the_profile_fixes();
+    batch_ = std::max<int64_t>(input_.shape.empty() ? 1 : input_.shape[0], 1);
+  }
+
+  /* A plan of one size resizes every frame to it, as a model of fixed size does. An open batch is
+   * run at the smallest that the profile allows. */
+  void fix_what_the_profile_fixes() {
+    const Shape least = profile_shape(nvinfer1::OptProfileSelector::kMIN);
+    const Shape most = profile_shape(nvinfer1::OptProfileSelector::kMAX);
+    Shape &shape = input_.shape;
+    if (least.size() != shape.size() || most.size() != shape.size()) return;
+    for (size_t i = 0; i < shape.size(); ++i) {
+      if (shape[i] < 0 && (i == 0 || least[i] == most[i])) shape[i] = least[i];
     }
-    batch_ = std::max<int64_t>(batch_, 1);
+  }
+
+  Shape profile_shape(nvinfer1::OptProfileSelector which) const {
+    return shape_from(engine_->getProfileShape(input_.name.c_str(), 0, which));
   }
 
   void require_plain(const Tensor &tensor, const char *what) const {
@@ -216,7 +237,7 @@ private:
   }
 
   std::string profile(nvinfer1::OptProfileSelector which) const {
-    return shape_text(shape_from(engine_->getProfileShape(input_.name.c_str(), 0, which)));
+    return shape_text(profile_shape(which));
   }
 
   void copy_in() {
@@ -258,6 +279,7 @@ private:
   }
 
   std::string path_;
+  bool verified_;
   Logger logger_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;

@@ -62,13 +62,24 @@ def _digest(options: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def compiled(out: Path, *words: object, compiler: str = "g++") -> Path:
+def compiled(
+    out: Path, *words: object, compiler: str = "g++", standard: str | None = "-std=c++17"
+) -> Path:
     """A program or library made with g++. Skips where there is none."""
     found = shutil.which(compiler)
     if found is None:
         pytest.skip(f"not run: needs {compiler}")
     done = subprocess.run(
-        [found, "-std=c++17", "-Wall", "-Wextra", "-Werror", *map(str, words), "-o", str(out)],
+        [
+            found,
+            *([standard] if standard else []),
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            *map(str, words),
+            "-o",
+            str(out),
+        ],
         capture_output=True,
         text=True,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import stat
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from onnx import helper
 
 from cada_deploy.demo import DEMO_MODEL
 
+from .built import environment
 from .cada_seg import (
     DONE,
     FAILED,
@@ -315,6 +318,24 @@ def test_a_run_of_cada_deploy_is_not_written_into(
     (tmp_path / "out" / "run.json").write_text("{}")
     found = ran(program, demo)
     assert found.code == MISMATCH and found.said("holds a run of cada-deploy")
+
+
+def test_a_signal_ends_it_between_two_images(
+    program: Path, demo: dict[str, object], frame: Path, tmp_path: Path
+) -> None:
+    for k in range(3000):
+        os.link(frame, frame.with_name(f"b{k:04d}.png"))
+    words = [str(word) for pair in demo.items() for word in pair]
+    process = subprocess.Popen([str(program), *words], stderr=subprocess.PIPE, env=environment())
+    first = tmp_path / "out" / "labels" / "a.png"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and "of 3001 images labelled" in told
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert 1 <= len(labels_of(tmp_path / "out")) < 3001  # each of them whole
 
 
 # --- the C ABI ---------------------------------------------------------------------------------

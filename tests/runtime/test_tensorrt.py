@@ -29,10 +29,14 @@ VERSION = (10, 3, 0, 30)
 
 
 def plan_bytes(
-    batch: int = 0, half: bool = False, fails: bool = False, version: tuple[int, ...] = VERSION
+    batch: int = 0,
+    half: bool = False,
+    fails: bool = False,
+    version: tuple[int, ...] = VERSION,
+    sides: tuple[int, int] = (16, 64),
 ) -> bytes:
     header = b"ftrt" + bytes(20) + bytes(version)
-    numbers = struct.pack("<6i", batch, CLASSES, 16, 64, half, fails)
+    numbers = struct.pack("<6i", batch, CLASSES, *sides, half, fails)
     return header + b"lin1" + numbers + WEIGHTS.tobytes()
 
 
@@ -44,18 +48,22 @@ def plan_file(path: Path, content: bytes, spec: ModelSpec, **changes: object) ->
         "plan_sha256": hashlib.sha256(content).hexdigest(),
         "spec": spec.to_json(),
         "flags": [],
+        "verified": True,
         **changes,
     }
     path.with_name(path.name + ".json").write_text(json.dumps(manifest))
     return path
 
 
-def expected(image: np.ndarray, spec: ModelSpec, half: bool) -> np.ndarray:
+def expected(
+    image: np.ndarray, spec: ModelSpec, half: bool, network: tuple[int, int] | None = None
+) -> np.ndarray:
     """The labels: the stand-in's scores in NumPy, everything after them by Python's kernel."""
-    x = to_batch_row(image, spec.input)[0].reshape(3, -1)
+    row = to_batch_row(image, spec.input, network)
+    x = row[0].reshape(3, -1)
     w = WEIGHTS[:, :, None]
     scores = ((w[:, 0] * x[0] + w[:, 1] * x[1]) + w[:, 2] * x[2]) + w[:, 3]
-    scores = scores.reshape(1, CLASSES, *image.shape[:2])
+    scores = scores.reshape(1, CLASSES, *row.shape[2:])
     kernel = best_kernel(1)
     encoded = kernel.encode(scores.astype(np.float16) if half else scores, spec.output.meaning)
     upsampling = Upsampling(spec.output.order, spec.output.align_corners)
@@ -88,7 +96,7 @@ def test_labels_of_a_plan(
         "--out", tmp_path / "out", **QUIET,
     )  # fmt: skip
     assert ran.code == DONE, ran.err
-    assert ran.said("tensorrt 10.3.0")
+    assert ran.said("tensorrt 10.3.0, ")
     found = labels_of(tmp_path / "out")
     assert len(found) == len(SIZES)
     for k, size in enumerate(SIZES):
@@ -134,6 +142,21 @@ def test_everything_that_is_refused(sanitized: Path, frames: Path, tmp_path: Pat
     refused(FAILED, "failed on an input of shape (1, 3, 40, 56)")
     plan_file(plan, good, SPEC, plan_sha256=7)
     refused(MISMATCH, "not the manifest of an engine")
+
+
+def test_a_plan_of_one_size_gets_every_frame_at_it(
+    sanitized: Path, frames: Path, tmp_path: Path
+) -> None:
+    content = plan_bytes(sides=(40, 40))
+    plan = plan_file(tmp_path / "m.engine", content, SPEC, verified=False)
+    ran = run(
+        sanitized / "cada_seg", "--backend", "trt", "--model", plan, "--images", frames,
+        "--out", tmp_path / "out", **QUIET,
+    )  # fmt: skip
+    assert ran.code == DONE and ran.said("tensorrt 10.3.0 (unverified plan), "), ran.err
+    for k, size in enumerate(SIZES):
+        labels = expected(street_like(*size, seed=k), SPEC, half=False, network=(40, 40))
+        np.testing.assert_array_equal(labels_of(tmp_path / "out")[f"{k}.png"], labels)
 
 
 def test_a_plan_for_later_versions_runs_on_one(
