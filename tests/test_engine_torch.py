@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +23,11 @@ from command_line import cada, child_environment, deliverables  # noqa: E402
 from foreign_models import fitted_colours, save_colour_model, street_like, write_images  # noqa: E402
 from foreign_torch import save_colour_program  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from stand_in_device import LazyStream, StandInDevice, memory_at  # noqa: E402
 
-from cada_deploy import engines  # noqa: E402
+from cada_deploy import device_arrays, engines  # noqa: E402
+from cada_deploy.device import DeviceLost, OutOfDeviceMemory  # noqa: E402
+from cada_deploy.device_arrays import DeviceArray  # noqa: E402
 from cada_deploy.engines import torch as engine_torch  # noqa: E402
 from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, UsageError  # noqa: E402
 from cada_deploy.labels import read_label_png  # noqa: E402
@@ -221,3 +228,92 @@ def test_a_row_is_the_networks_own_arithmetic(checkpoint: Path) -> None:
     with torch.inference_mode():
         expected = [model.network(torch.from_numpy(rows[k : k + 1])).numpy() for k in range(2)]
     assert engine.infer(rows).array.tobytes() == np.concatenate(expected).tobytes()
+
+
+# --- on a GPU: order and ownership, on a stand-in (PyTorch's own CUDA never runs here)
+
+
+class OnProcessor:
+    """What PyTorch does with a stream of ours, on the stand-in: at once, on the host's memory."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.handles: list[int] = []
+        monkeypatch.setattr(torch.cuda, "ExternalStream", self.external)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch, "as_tensor", self.tensor)
+
+    def external(self, handle: int, device: str) -> int:
+        self.handles.append(handle)
+        borrowed = StandInDevice().borrowed_stream(handle)
+        borrowed.synchronize()  # what is before it on the stream is done
+        return handle
+
+    def tensor(self, array: DeviceArray, device: str) -> torch.Tensor:
+        values = memory_at(array.address, array.nbytes).view(array.dtype)
+        return torch.from_numpy(values.reshape(array.shape))
+
+
+def on_gpu(program: Path) -> tuple[StandInDevice, engine_torch.PyTorchOnCuda, np.ndarray]:
+    model = engines.load_model("torch", program, preset="imagenet-rgb")
+    assert isinstance(model, engine_torch.TorchModel) and model.declared_classes
+    gpu = StandInDevice()
+    engine = engine_torch.PyTorchOnCuda(
+        model.network, model, model.declared_classes, "cpu", gpu=gpu
+    )
+    rows = np.random.default_rng(0).normal(size=(3, 3, *SIZE)).astype(np.float32)
+    return gpu, engine, rows
+
+
+def uploaded(gpu: StandInDevice, rows: np.ndarray, stream: LazyStream) -> tuple[DeviceArray, Any]:
+    staged = gpu.pinned(rows.nbytes)
+    assert staged.host is not None
+    staged.host[:] = rows.reshape(-1).view(np.uint8)
+    image = device_arrays.empty(gpu, rows.shape, rows.dtype)  # type: ignore[arg-type]
+    gpu.copy(image.address, staged.address, rows.nbytes, stream)
+    return image, staged
+
+
+def test_scores_on_a_gpu_are_ordered_by_our_stream_and_own_their_memory(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, engine, rows = on_gpu(program)
+    assert isinstance(engine, engines.DeviceEngine)
+    expected = engine.infer(rows).array
+    pytorch, stream = OnProcessor(monkeypatch), gpu.stream()
+    image, staged = uploaded(gpu, rows, stream)
+    scores = engine.infer_on(image, stream)
+    assert pytorch.handles == [stream.handle] and staged is not None
+    assert scores.array.shape == expected.shape and not scores.ready.done
+    found = np.ctypeslib.as_array(
+        ctypes.cast(scores.array.address, ctypes.POINTER(ctypes.c_float)), (expected.size,)
+    )
+    assert np.array_equal(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), OutOfDeviceMemory, "lower --size"),
+        (RuntimeError("CUDA error: an illegal memory access"), DeviceLost, "any more"),
+        (RuntimeError("The size of tensor a (3) must"), ArtefactMismatch, "give --size HxW"),
+    ],
+    ids=["memory", "lost", "sizes"],
+)
+def test_what_goes_wrong_on_a_gpu_has_its_kind(
+    program: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    words: str,
+) -> None:
+    gpu, engine, rows = on_gpu(program)
+    OnProcessor(monkeypatch)
+
+    def fails(_: object) -> None:
+        raise error
+
+    stream = gpu.stream()
+    image, staged = uploaded(gpu, rows, stream)
+    with pytest.raises(kind, match=words):
+        replace(engine, network=fails).infer_on(image, stream)
+    assert staged is not None

@@ -24,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cada_deploy.classes import ClassSet
+from cada_deploy.device import DeviceLost, OutOfDeviceMemory, Stream, is_cuda, open_device
+from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.errors import ArtefactMismatch, EnvironmentLacks, UsageError
 from cada_deploy.model_files import Model, Tensor, check_classes
 from cada_deploy.model_spec import ModelSpec
@@ -72,12 +74,39 @@ class PyTorch:
         fixed = self.model.batch or 1
         feed = row if fixed == 1 else np.repeat(row, fixed, axis=0)
         scores = _run(self.network, self.model, feed, self.device)
-        if scores.ndim != 4 or scores.shape[1] != self.classes or 0 in scores.shape:
-            raise ArtefactMismatch(
-                f"{self.model.path.name} gave scores of shape {scores.shape}; expected "
-                f"(N, {self.classes}, h, w)"
-            )
-        return scores[:1]
+        _check_scores(self.model, scores, self.classes)
+        host: npt.NDArray[Any] = scores[:1].to("cpu", torch.float32).numpy()
+        return host
+
+
+@dataclass(frozen=True)
+class PyTorchOnCuda(PyTorch):
+    """A network on a GPU. It enqueues on our streams; nothing is captured into a graph, because
+    PyTorch's allocator may reuse the memory of a capture that is not its own."""
+
+    gpu: Any = None
+
+    def infer_on(self, batch: DeviceArray, stream: Stream) -> Scores:
+        """Rows run alone. The scores are PyTorch's memory, held by the array that is returned."""
+        cuda: Any = torch.cuda
+        network = cuda.ExternalStream(stream.handle, device=self.device)
+        if batch.ready is not None:
+            stream.wait(batch.ready)
+        with cuda.stream(network), _explained(self.model, batch.shape, batch.dtype):
+            given = torch.as_tensor(batch, device=self.device)
+            scores = torch.cat([self._on_gpu(given[i : i + 1]) for i in range(len(given))])
+            ready = self.gpu.event()
+            ready.record(stream)
+        shape, kind = tuple(scores.shape), np.dtype(np.float32)
+        array = DeviceArray(self.gpu, scores.data_ptr(), shape, kind, (scores, batch), ready)
+        return Scores(array, self.device, ready)
+
+    def _on_gpu(self, row: Any) -> Any:
+        fixed = self.model.batch or 1
+        with torch.inference_mode(), _exact(self.device):
+            scores = self.network(row if fixed == 1 else row.expand(fixed, -1, -1, -1))
+            _check_scores(self.model, scores, self.classes)
+            return scores[:1].to(torch.float32)
 
 
 def load_model(
@@ -110,7 +139,11 @@ def open(model: Model, device: str, threads: int = 1) -> PyTorch:
         )
     torch.set_num_threads(threads)
     assert model.declared_classes is not None
-    return PyTorch(model.network.to(device), model, model.declared_classes, device)
+    if not is_cuda(device):
+        return PyTorch(model.network, model, model.declared_classes, device)
+    gpu = open_device(device)  # the same primary context as PyTorch's
+    network = model.network.to(device)
+    return PyTorchOnCuda(network, model, model.declared_classes, device, gpu=gpu)
 
 
 def _require(device: str) -> None:
@@ -126,19 +159,38 @@ def _require(device: str) -> None:
         )
 
 
-def _run(network: Any, model: Model, feed: npt.NDArray[Any], device: str) -> npt.NDArray[Any]:
+def _run(network: Any, model: Model, feed: npt.NDArray[Any], device: str) -> Any:
+    with _explained(model, feed.shape, feed.dtype), torch.inference_mode(), _exact(device):
+        return network(torch.from_numpy(np.ascontiguousarray(feed)).to(device))
+
+
+def _check_scores(model: Model, scores: Any, classes: int) -> None:
+    if not isinstance(scores, torch.Tensor):
+        kind = type(scores).__name__
+        raise ArtefactMismatch(f"{model.path.name} gave a {kind}; expected one tensor")
+    shape = tuple(scores.shape)
+    if len(shape) != 4 or shape[1] != classes or 0 in shape:
+        raise ArtefactMismatch(
+            f"{model.path.name} gave scores of shape {shape}; expected (N, {classes}, h, w)"
+        )
+
+
+@contextmanager
+def _explained(model: Model, shape: tuple[int, ...], dtype: Any) -> Iterator[None]:
+    """PyTorch's errors as ours."""
     try:
-        with torch.inference_mode(), _exact(device):
-            given = torch.from_numpy(np.ascontiguousarray(feed)).to(device)
-            scores = network(given)
-            if not isinstance(scores, torch.Tensor):
-                kind = type(scores).__name__
-                raise ArtefactMismatch(f"{model.path.name} gave a {kind}; expected one tensor")
-            return scores.to("cpu", torch.float32).numpy()
+        yield
     except (RuntimeError, ValueError, AssertionError) as error:
         text = str(error).strip().partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfDeviceMemory(
+                f"the GPU has no room for the network ({text}); lower --size or --workers, or stop "
+                "other work on it"
+            ) from error
+        if "CUDA error" in text:
+            raise DeviceLost(f"the GPU cannot be used any more: {text}") from error
         raise ArtefactMismatch(
-            f"{model.path.name} failed on an input of shape {feed.shape} {feed.dtype}: {text}. "
+            f"{model.path.name} failed on an input of shape {shape} {dtype}: {text}. "
             "If the model needs other sizes, give --size HxW"
         ) from error
 
