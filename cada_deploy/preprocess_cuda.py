@@ -112,7 +112,8 @@ class _Tables:
 
 
 class DevicePreprocess:
-    """preprocess.to_batch_row on one GPU, for one spec. Thread-safe."""
+    """preprocess.to_batch_row on one GPU, for one spec. Thread-safe. It owns the tables, so it must
+    live, as the arrays must, until the stream has passed what `run` enqueued."""
 
     def __init__(self, device: Device, spec: InputSpec) -> None:
         """Raises UsageError when scale, mean and std leave the range of the spec's dtype,

@@ -126,4 +126,6 @@ def test_cmake_makes_cubins_under_the_names_that_are_looked_for(tmp_path: Path) 
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     made = {path.name for path in (tmp_path / "build" / "cubins").iterdir()}
+    preprocess = cubins.sources() / "preprocess_cuda.cu"
     assert cubins.cubin_name(FUSED, "sm_90", SMALL) in made
+    assert cubins.cubin_name(preprocess, "sm_90", {}) in made
