@@ -1,15 +1,16 @@
-/* One row of a network's input on a GPU: resize, colour order, scale, mean, std, layout, one launch.
+/* One row of a network's input on a GPU, in one launch: resize, colour order, scale, mean, std.
  *
  * The bytes are those of cada_deploy/preprocess.py. Both filters work in integers, and so they do
  * here: OpenCV's INTER_LINEAR with weights of 11 bits (half the size in both directions is the mean
- * of four pixels there), Pillow's BICUBIC with weights of 22 bits in two passes, rounded to 8 bits in
- * between. Everything that needs float64, where an output pixel lies and its weights, is made once for
- * each pair of sizes by cada_deploy/preprocess_cuda.py. The rest is float32 in the order of the
- * formula (compile with -fmad=false, precise division, no flushing).
- * Compiles with nvcc, with NVRTC (no C library) and, for tests, with g++ through tests/cuda_executor.
+ * of four pixels there), Pillow's BICUBIC with weights of 22 bits in two passes, rounded to 8 bits
+ * in between. What needs float64, where an output pixel lies and its weights, is made once for each
+ * pair of sizes by cada_deploy/preprocess_cuda.py. The rest is float32 in the order of the formula
+ * (compile with -fmad=false, precise division, no flushing).
+ * Compiles with nvcc, with NVRTC (no C library) and, for tests, with g++ (tests/cuda_executor).
  *
- * A block makes TILE x LANES pixels. Bicubic makes the lines of its first pass CHUNK by CHUNK in shared
- * memory and adds each to the sums of the second pass: any ratio of sizes, nothing in global memory. */
+ * A block makes TILE x LANES pixels. Bicubic makes the lines of its first pass CHUNK by CHUNK in
+ * shared memory and adds each to the sums of the second pass: any ratio of sizes, nothing in global
+ * memory. */
 #include "pixel.h"
 
 namespace cada {
@@ -120,8 +121,8 @@ __device__ __forceinline__ int32_t clipped(int32_t sum) {
   return value < 0 ? 0 : value > 255 ? 255 : value;
 }
 
-/* One pixel of the first pass, packed: `from` is the first pixel of its line, `step` the bytes between
- * two pixels of the line. */
+/* One pixel of the first pass, packed: `from` is the first pixel of its line, `step` the bytes
+ * between two pixels of the line. */
 __device__ __forceinline__ uint32_t first_pass(const uint8_t *from, int64_t step, const Axis &axis,
                                                int o) {
   int32_t sum[3] = {HALF_UNIT, HALF_UNIT, HALF_UNIT};
@@ -190,8 +191,8 @@ using namespace cada;
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
 
 /* image (height, width, 3) uint8 RGB -> values, one row of a batch. Blocks of (LANES, 8) threads;
- * blockIdx.x goes through x (with COLUMNS_FIRST through y), blockIdx.y through the other. The tables
- * are those of the filter; null with SAME and HALVED. */
+ * blockIdx.x goes through x (with COLUMNS_FIRST through y), blockIdx.y through the other. The
+ * tables are those of the filter; null with SAME and HALVED. */
 KERNEL cada_preprocess(const uint8_t *image, int height, int width, int filter,
                        const int32_t *row_table, const int32_t *column_table, void *values,
                        int out_height, int out_width, int bgr, int channels_last, int halves,
