@@ -126,8 +126,8 @@ work_options = _stacked(
     click.option("--workers", type=COUNT, help="Images worked on at once (default: one per core)."),
     click.option(
         "--batch-size", type=COUNT, default=1, show_default=True,
-        help="Images handed to a worker at once. On a CPU the network still runs one by one, so "
-        "that a label cannot depend on its neighbours.",
+        help="Images handed to a worker at once. The network of ort and torch still runs one by "
+        "one, so that a label cannot depend on its neighbours; an engine of trt is built for it.",
     ),
     click.option("--shard-size", type=COUNT, help="Images per unit of resume (default 64)."),
     click.option(
@@ -202,6 +202,7 @@ def work(options: Options) -> Work:
         options.get("shard_size"),
         options.get("cache", "off"),
         options["quiet"],
+        options.get("auto_batch", False),
     )
 
 

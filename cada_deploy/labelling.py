@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cada_deploy import disk_plan, durable, run_identity, run_record, streaming
+from cada_deploy import device_frames, disk_plan, durable, run_identity, run_record, streaming
 from cada_deploy.classes import ClassSet
 from cada_deploy.engine_plans import Build, PlanOptions
 from cada_deploy.engines import Engine, load_model, open_engine
@@ -82,6 +82,7 @@ class Work:
     shard_size: int | None = None
     cache: str = "auto"
     quiet: bool = False
+    auto_batch: bool = False  # halve batch_size when the GPU has no room for it
 
     @property
     def threads(self) -> int:
@@ -137,7 +138,7 @@ def pseudo_label(options: RunOptions, say: Say) -> Outcome:
     started = time.monotonic()
     images = _inputs(options)
     model, engine = options.model.load()
-    pipeline = Pipeline(engine, best_kernel(1), model.spec, options.sizes, options.ignored)
+    pipeline = _pipeline(options, model.spec, engine, say)
     options.selecting.options(model.spec.classes)  # refuses bad values before any work
     weighting = options.selecting.weighting
     identity = run_identity.identity("pseudo-label", model, pipeline, engine, images, weighting)
@@ -208,7 +209,7 @@ def predict(options: RunOptions, say: Say) -> Outcome:
     started = time.monotonic()
     images = _inputs(options)
     model, engine = options.model.load()
-    pipeline = Pipeline(engine, best_kernel(1), model.spec, options.sizes, options.ignored)
+    pipeline = _pipeline(options, model.spec, engine, say)
     weighting = options.selecting.weighting
     identity = run_identity.identity("predict", model, pipeline, engine, images, weighting)
     folder = RunFolder(options.out)
@@ -219,6 +220,19 @@ def predict(options: RunOptions, say: Say) -> Outcome:
         sources = [(s.index, [Source(ref) for ref in s.images]) for s in plan(images, shard_size)]
         selection = _Selection(pipeline, folder, record, options.selecting, options.files)
         return selection.run(None, sources, options.work, started)
+
+
+def _pipeline(options: RunOptions, spec: ModelSpec, engine: Engine, say: Say) -> Pipeline:
+    work = options.work
+    frames = device_frames.for_engine(
+        engine, spec, most=work.batch_size, auto_batch=work.auto_batch, say=say
+    )
+    if work.auto_batch and frames is None:
+        raise UsageError(
+            "--auto-batch is for a GPU that has no room for a batch; this run's frames do not go "
+            "through one together, so leave it out"
+        )
+    return Pipeline(engine, best_kernel(1), spec, options.sizes, options.ignored, frames)
 
 
 def _inputs(options: RunOptions) -> list[ImageRef]:
@@ -430,7 +444,8 @@ def _pipeline_again(
         label if isinstance(label, str) else (label[0], label[1]),
         _pair(parts["sizes"]["statistics"]),
     )
-    return Pipeline(engine, kernel, spec, sizes, run_record.ignored_area(folder, record))
+    frames = device_frames.for_engine(engine, spec) if engine else None
+    return Pipeline(engine, kernel, spec, sizes, run_record.ignored_area(folder, record), frames)
 
 
 def _engine_again(record: Record, spec: ModelSpec) -> Engine:

@@ -1,4 +1,4 @@
-"""images -> scores -> evidence: the only composer. One frame at a time, no files of its own.
+"""images -> scores -> evidence: the only composer. A few frames at a time, no files of its own.
 
 A Pipeline is frozen and thread-safe; hosts (streaming and later others) call it from their workers
 and decide what runs when and what is written.
@@ -7,12 +7,14 @@ and decide what runs when and what is written.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from cada_deploy import preprocess
+from cada_deploy.device_frames import DeviceFrames
 from cada_deploy.engines import Engine
 from cada_deploy.errors import UsageError
 from cada_deploy.fused import Evidence, FusedKernel, Selection
@@ -62,15 +64,28 @@ class Frame:
         return self.image.shape[0], self.image.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class ScoredFrame:
+    """What the network said of one frame, and what it adds to the statistics."""
+
+    scores: EncodedScores
+    evidence: Evidence
+
+
 @dataclass(frozen=True)
 class Pipeline:
-    """Everything a worker needs to turn a file into evidence or labels."""
+    """Everything a worker needs to turn a file into evidence or labels.
+
+    on_device takes frames through preprocessing, network and kernel without leaving the GPU; None
+    when the network runs on the CPU, or runs more than once per frame (windows, scales, flips).
+    """
 
     engine: Engine | None  # None: only cached scores are read
     kernel: FusedKernel
     spec: ModelSpec
     sizes: Sizes = Sizes()
     ignored: IgnoredArea = IgnoredArea()
+    on_device: DeviceFrames | None = None
 
     def __post_init__(self) -> None:
         self.input_size((1, 1))  # refuses a --size that the model does not take
@@ -97,10 +112,63 @@ class Pipeline:
     def scores(self, image: npt.NDArray[np.uint8], clock: StageClock) -> EncodedScores:
         """Raises ImageRejected when no pixel's scores are finite."""
         size = self.input_size((image.shape[0], image.shape[1]))
+        if self.on_device:
+            (encoded,) = self.on_device.scores([image], size, clock)
+            return self._checked(encoded)
         assert self.engine is not None
         raw = frame_scores(self.engine, self.spec, image, size, clock)
         with clock.stage("encode scores"):
-            encoded = self.kernel.encode(raw, self.spec.output.meaning)[0]
+            return self._checked(self.kernel.encode(raw, self.spec.output.meaning)[0])
+
+    def score_frames(
+        self, frames: Sequence[Frame], weighting: str, clock: StageClock
+    ) -> list[ScoredFrame | ImageRejected]:
+        """Scores and evidence of each frame, in order; a frame without either says why. On a GPU
+        the frames of one size go through it together."""
+        if self.on_device is None:
+            return [self._score_frame(frame, weighting, clock) for frame in frames]
+        found: dict[int, ScoredFrame | ImageRejected] = {}
+        for size in dict.fromkeys(frame.size for frame in frames):
+            places = [k for k, frame in enumerate(frames) if frame.size == size]
+            images = [frames[k].image for k in places]
+            found.update(zip(places, self._score_on_device(images, size, weighting, clock)))
+        return [found[k] for k in range(len(frames))]
+
+    def _score_frame(
+        self, frame: Frame, weighting: str, clock: StageClock
+    ) -> ScoredFrame | ImageRejected:
+        try:
+            scores = self.scores(frame.image, clock)
+            network = self.input_size(frame.size)
+            return ScoredFrame(scores, self.evidence(scores, frame.size, network, weighting, clock))
+        except ImageRejected as error:
+            return error
+
+    def _score_on_device(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        image: Size,
+        weighting: str,
+        clock: StageClock,
+    ) -> list[ScoredFrame | ImageRejected]:
+        assert self.on_device is not None
+        network = self.input_size(image)
+        grid = self.sizes.statistics_size(image, network)
+        try:
+            mask = self._mask(image, grid)
+        except ImageRejected as error:
+            return [error] * len(images)
+        scored: list[ScoredFrame | ImageRejected] = []
+        for encoded, evidence in self.on_device.evidence(
+            images, network, grid, weighting, mask, clock
+        ):
+            try:
+                scored.append(ScoredFrame(self._checked(encoded), evidence))
+            except ImageRejected as error:
+                scored.append(error)
+        return scored
+
+    def _checked(self, encoded: npt.NDArray[np.float16]) -> EncodedScores:
         if np.isnan(encoded[0]).all():
             raise ImageRejected(
                 "non-finite-scores", "the model gave no finite scores for any pixel of this image"

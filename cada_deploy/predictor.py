@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cada_deploy import durable
+from cada_deploy import device_frames, durable
 from cada_deploy.classes import ClassSet
 from cada_deploy.engine_plans import Build, PlanOptions
 from cada_deploy.engines import default_device
@@ -144,7 +144,10 @@ def load(
         Build(PlanOptions(size, size, size)),
     )
     opened, runtime = choice.load(threads)
-    return Predictor(Pipeline(runtime, best_kernel(threads), opened.spec, Sizes(input=size)))
+    frames = device_frames.for_engine(runtime, opened.spec)
+    return Predictor(
+        Pipeline(runtime, best_kernel(threads), opened.spec, Sizes(input=size), on_device=frames)
+    )
 
 
 def read_rule(thresholds: str | os.PathLike[str]) -> Rule:

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 STAGES = (
     "read",
     "decode",
+    "upload",
     "preprocess",
     "infer",
+    "gpu",
     "encode scores",
     "statistics",
     "cache write",

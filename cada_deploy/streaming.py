@@ -33,7 +33,7 @@ from cada_deploy.manifests import (
     sealed,
 )
 from cada_deploy.outputs import LabelFiles
-from cada_deploy.pipeline import Pipeline
+from cada_deploy.pipeline import Frame, Pipeline, ScoredFrame
 from cada_deploy.policies import Rule
 from cada_deploy.rejections import ImageRejected
 from cada_deploy.score_cache import READ_ERRORS, ScoreFile, digest, read_scores
@@ -111,29 +111,59 @@ def _flat(groups: Iterable[list[Result]]) -> Iterator[Result]:
 def _score_group(
     pipeline: Pipeline, group: Sequence[ImageRef], weighting: str, cache: bool
 ) -> list[_Scored]:
-    return [_score(pipeline, ref, weighting, cache) for ref in group]
+    """Decode the images of a group, send what decoded through the network, and record each."""
+    opened = [_opened(pipeline, ref) for ref in group]
+    frames = [o.frame for o in opened if o.frame is not None]
+    clock = StageClock()
+    scored = iter(pipeline.score_frames(frames, weighting, clock))
+    results = [o.result if o.frame is None else _recorded(o, next(scored), cache) for o in opened]
+    return [replace(results[0], seconds=total_seconds([results[0].seconds, clock.seconds])),
+            *results[1:]]  # fmt: skip
 
 
-def _score(pipeline: Pipeline, ref: ImageRef, weighting: str, cache: bool) -> _Scored:
+@dataclass(frozen=True)
+class _Opened:
+    """An image that was read: its frame, or None where it was rejected (the result says why)."""
+
+    frame: Frame | None
+    result: _Scored
+
+
+def _opened(pipeline: Pipeline, ref: ImageRef) -> _Opened:
     clock = StageClock()
     record = ScoredImage(ref.relative, ref.size_bytes)
     try:
         frame = pipeline.open_frame(ref, clock)
-        network = pipeline.input_size(frame.size)
-        record = ScoredImage(
-            ref.relative, frame.size_bytes, frame.sha256, frame.size, network, "", frame.notices
-        )
-        scores = pipeline.scores(frame.image, clock)
-        evidence = pipeline.evidence(scores, frame.size, network, weighting, clock)
     except ImageRejected as error:
-        why = Rejected(error.reason, error.detail)
-        return _Scored(replace(record, rejected=why), None, None, clock.seconds)
-    kept = None
-    if cache:
-        with clock.stage("cache write"):
-            record = replace(record, scores_sha256=digest(scores.array))
-        kept = scores.array
-    return _Scored(record, kept, evidence.statistics, clock.seconds)
+        return _Opened(None, _rejected(record, error, clock.seconds))
+    record = ScoredImage(
+        ref.relative,
+        frame.size_bytes,
+        frame.sha256,
+        frame.size,
+        pipeline.input_size(frame.size),
+        "",
+        frame.notices,
+    )
+    return _Opened(frame, _Scored(record, None, None, clock.seconds))
+
+
+def _recorded(opened: _Opened, scored: ScoredFrame | ImageRejected, cache: bool) -> _Scored:
+    record, seconds = opened.result.image, opened.result.seconds
+    if isinstance(scored, ImageRejected):
+        return _rejected(record, scored, seconds)
+    statistics = scored.evidence.statistics
+    if not cache:
+        return _Scored(record, None, statistics, seconds)
+    clock = StageClock()
+    with clock.stage("cache write"):
+        record = replace(record, scores_sha256=digest(scored.scores.array))
+    return _Scored(record, scored.scores.array, statistics, total_seconds([seconds, clock.seconds]))
+
+
+def _rejected(record: ScoredImage, error: ImageRejected, seconds: dict[str, float]) -> _Scored:
+    why = Rejected(error.reason, error.detail)
+    return _Scored(replace(record, rejected=why), None, None, seconds)
 
 
 def _commit_scored(

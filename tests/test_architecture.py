@@ -23,7 +23,7 @@ LAYERS = [
     ["selection", "run_record", "evaluation", "bench.*"],
     ["streaming", "disk_plan", "run_identity"],
     ["pipeline"],
-    ["inference"],
+    ["inference", "device_frames"],
     ["engines.*", "fused.*", "preprocess_cuda"],
     ["engine_builds", "engine_runs"],
     ["engine_gates", "engine_cache"],

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cada_deploy import __version__, durable
+from cada_deploy import __version__, device_frames, durable
 from cada_deploy.bench import power
 from cada_deploy.bench.cuda import device_json, open_on_device
 from cada_deploy.bench.frames import Frames, drawn, from_files
@@ -167,7 +167,11 @@ def open_pipeline(
 ) -> tuple[Model, Pipeline]:
     """The pipeline that a run of this model would use."""
     model, engine = choice.load(threads)
-    return model, Pipeline(engine, best_kernel(threads), model.spec, Sizes(input=size))
+    frames = device_frames.for_engine(engine, model.spec, most=batch)
+    pipeline = Pipeline(
+        engine, best_kernel(threads), model.spec, Sizes(input=size), on_device=frames
+    )
+    return model, pipeline
 
 
 def _subject(

@@ -26,6 +26,11 @@ from cada_deploy.reporting import publish_report, summary
     show_default=True,
     help="Keep the scores, so that new thresholds need no network (off: it runs twice).",
 )
+@click.option(
+    "--auto-batch",
+    is_flag=True,
+    help="Halve the batch, and say so, when the GPU has no room for it.",
+)
 @shared.work_options
 def command(**options: Any) -> int:
     """Label a folder of unlabelled images with the pixels the model is sure of.

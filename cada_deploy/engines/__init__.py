@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from cada_deploy import model_files
 from cada_deploy.classes import ClassSet
-from cada_deploy.device import Stream
+from cada_deploy.device import Device, Stream
 from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.engine_plans import Build
 from cada_deploy.errors import EnvironmentLacks, UsageError, nearest
@@ -53,6 +53,8 @@ class Engine(Protocol):
 @runtime_checkable
 class DeviceEngine(Engine, Protocol):
     """An engine on a GPU, which enqueues on our stream."""
+
+    gpu: Device
 
     def infer_on(self, batch: DeviceArray, stream: Stream) -> Scores:
         """As infer, from and to the device: scores.array is a DeviceArray, scores.ready the event

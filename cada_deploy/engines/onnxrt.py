@@ -72,6 +72,7 @@ class OnnxRuntimeOnCuda:
     """An ONNX Runtime session on a GPU. Thread-safe."""
 
     runs: EngineRuns
+    gpu: Device
     classes: int
     device: str
     version: str
@@ -198,7 +199,7 @@ def _open_on_cuda(model: Model, device: str) -> OnnxRuntimeOnCuda:
     classes = model.declared_classes or runs.on_host(np.zeros(shape, spec.dtype)).shape[1]
     check_classes(model.path, model.spec, classes, model.classes_named)
     major, minor = gpu.compute_capability
-    return OnnxRuntimeOnCuda(runs, classes, device, f"{version()}+cuda.sm_{major}{minor}")
+    return OnnxRuntimeOnCuda(runs, gpu, classes, device, f"{version()}+cuda.sm_{major}{minor}")
 
 
 def _session_on_cuda(model: Model, gpu: Device, stream: Stream) -> ort.InferenceSession:

@@ -195,6 +195,7 @@ class TensorRT:
 
     runs: EngineRuns
     loaded: Loaded
+    gpu: Device
     classes: int
     device: str
     version: str
@@ -277,7 +278,7 @@ def _opened(model: Model, plan: Plan, gpu: Device, device: str) -> TensorRT:
     check_classes(model.path, model.spec, classes, model.classes_named)
     verified = "" if plan.manifest is not None and plan.manifest.verified else ".unverified"
     told = f"{version()}+plan.{plan.sha256[:16]}{verified}"
-    return TensorRT(runs, loaded, classes, device, told)
+    return TensorRT(runs, loaded, gpu, classes, device, told)
 
 
 # --- what TensorRT says ------------------------------------------------------------------------
