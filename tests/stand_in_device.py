@@ -175,6 +175,10 @@ class StandInDevice:
     def fill(self, target: int, byte: int, nbytes: int, stream: LazyStream) -> None:
         stream.add(lambda: memory_at(target, nbytes).fill(byte))
 
+    def ordinal_at(self, address: int) -> int | None:
+        held = any(m.address <= address < m.address + len(m.bytes) for m in list(_memory.values()))
+        return self.ordinal if held else None
+
     def load(self, image: bytes) -> Any:
         raise RunFailed("a stand-in runs no kernels")
 

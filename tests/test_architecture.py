@@ -29,6 +29,9 @@ LAYERS = [
     ["engine_gates", "engine_cache"],
     ["engines", "outputs", "report", "bench.frames"],
     ["device_arrays", "cubins"],
+    ["device.*"],
+    ["device.driver"],
+    ["device.driver_start"],
     ["device"],
     ["report_page.sections", "engine_plans"],
     ["fused", "model_files", "ignored", "manifests", "preprocess", "report_page.findings"],
@@ -44,7 +47,7 @@ LAYERS = [
 
 # Third-party libraries, each in the files that carry its name or its work.
 LIBRARIES = {
-    "cuda": {"cubins"},
+    "cuda": {"cubins", "device.cudacore"},
     "click": {"cli", "command_options", "commands.*"},
     "cv2": {"images", "labels", "preprocess", "scenes"},
     "google": {"model_files"},

@@ -1,8 +1,8 @@
 """The contract of a CUDA layer: the few calls that everything on a GPU here is made of.
 
-Each layer is one file with NAME (`cuda-core`, `pycuda`), `version()` and `open(ordinal) -> Device`.
-Layers are found by listing this folder; one contract suite runs over all of them, and over the
-tests' own layer, whose GPU is this machine's processor. CADA_CUDA_LAYER chooses one by name.
+Each layer is one file with NAME (`cuda-core`, `pycuda`), `version()`, `describe()` (the driver and
+its devices, for doctor) and `open(ordinal) -> Device`. Layers are found by listing this folder, and
+one contract suite runs over all of them. CADA_CUDA_LAYER chooses one by name.
 
 Addresses are plain integers in one unified address space, so one `copy` serves every direction.
 Everything with a stream is asynchronous: memory must live, and pinned memory must not be
@@ -131,6 +131,11 @@ class Device(Protocol):
 
     def fill(self, target: int, byte: int, nbytes: int, stream: Stream) -> None: ...
 
+    def ordinal_at(self, address: int) -> int | None:
+        """The ordinal of the device whose memory is at `address`; None when CUDA knows no memory
+        there."""
+        ...
+
     def load(self, image: bytes) -> Module:
         """A cubin for this device. Raises RunFailed when the driver refuses it."""
         ...
@@ -170,6 +175,11 @@ def layers() -> dict[str, str]:
     return found
 
 
+def layer_module(name: str) -> Any:
+    """The module of a layer: NAME, version, describe, open. Importing it needs no library."""
+    return import_module(f"{__name__}.{layers()[name]}")
+
+
 def is_cuda(device: str) -> bool:
     return device.startswith("cuda:")
 
@@ -192,6 +202,5 @@ def open_device(device: str, layer: str | None = None) -> Device:
     name = layer or os.environ.get(LAYER_VARIABLE) or DEFAULT_LAYER
     if name not in layers():
         raise UsageError(f"no CUDA layer is called {name!r}; {nearest(name, layers())}")
-    module: Any = import_module(f"{__name__}.{layers()[name]}")
-    opened: Device = module.open(ordinal)
+    opened: Device = layer_module(name).open(ordinal)
     return opened

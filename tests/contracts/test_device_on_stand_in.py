@@ -1,0 +1,49 @@
+"""Runs the device contract where libcuda.so.1 is the stand-in: a process of its own for every layer
+and mode, so that nothing else of the suite ever meets a driver that is none."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_driver import build
+
+from cada_deploy.device import layer_module, layers
+from cada_deploy.errors import EnvironmentLacks
+
+CONTRACT = Path(__file__).with_name("test_device.py")
+
+
+@pytest.mark.parametrize("mode", ["eager", "lazy"])
+@pytest.mark.parametrize("layer", sorted(layers()))
+def test_a_layer_keeps_the_contract(layer: str, mode: str) -> None:
+    if build.compiler() is None:
+        pytest.skip("not run: needs g++ for the stand-in driver")
+    try:
+        layer_module(layer).version()
+    except EnvironmentLacks as error:
+        pytest.skip(f"not run: {error}")
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(build.driver_folder()),
+        "CADA_TEST_STAND_IN": mode,
+        "CADA_TEST_LAYER": layer,
+        "CADA_STAND_IN_LAZY": str(int(mode == "lazy")),
+    }
+    environment.pop("CADA_TEST_CUDA", None)
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CONTRACT)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=CONTRACT.parents[2],
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 50, done.stdout  # it ran, and was not skipped
