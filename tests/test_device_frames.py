@@ -19,6 +19,7 @@ from cuda_executor import build
 from cuda_executor.layer import ProcessorDevice
 from foreign_models import fitted_colours, save_colour_model, street_like, write_images
 from stand_in_ort_cuda import ort_cuda_here
+from trt_on_cpu import needs_stand_in, tensorrt_here
 
 from cada_deploy import load
 from cada_deploy.device import DeviceLost, OutOfDeviceMemory
@@ -94,6 +95,24 @@ def test_a_run_on_a_gpu_gives_the_bytes_of_one_on_the_cpu(
     assert set(gpu.launched) >= {"cada_preprocess", "cada_encode", "cada_accumulate"}
     seconds = json.loads((tmp_path / "gpu" / "run.json").read_text())
     assert seconds["identity"]["engine"]["device_kind"] == "cuda"
+
+
+@needs_stand_in
+def test_tensorrt_and_our_kernels_share_a_stream(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores go from the engine to the fused kernel without leaving the device."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    device = ProcessorDevice()
+    frames = tmp_path / "frames"
+    write_images(frames, 4, SIZE)
+    options = ("--size", "24x40", "--batch-size", 3)
+    with tensorrt_here(device=device):
+        ran = labelled(frames, model, tmp_path / "trt", "--engine", "trt", *options)
+    assert ran.code == 0, ran.err
+    assert set(device.launched) >= {"cada_preprocess", "cada_encode", "cada_accumulate"}
+    assert labelled(frames, model, tmp_path / "cpu", *options).code == 0
+    assert comparable(tmp_path / "trt") == comparable(tmp_path / "cpu")
 
 
 def test_predict_and_the_library_are_the_cpus_too(

@@ -50,7 +50,6 @@ class HostModule:
 class ProcessorDevice(StandInDevice):
     """seed: the order in which a block's threads run; 0 is their own."""
 
-    name: str = "this processor"
     layer: str = "executor"
     seed: int = 0
     built: list[tuple[str, dict[str, int]]] = field(default_factory=list)
