@@ -55,6 +55,7 @@ LIBRARIES = {
     "onnx": {"model_files"},
     "onnxruntime": {"engines.onnxrt", "doctor"},
     "PIL": {"images", "labels", "preprocess", "plots"},
+    "pycuda": {"device.pycuda"},
     "pynvml": {"bench.power"},
     "rich": {"progress"},
     "safetensors": {"score_cache"},

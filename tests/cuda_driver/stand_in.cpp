@@ -74,9 +74,11 @@ int device_now() { return current.empty() ? -1 : current.back() - 1; }
 void *context_of(int device) { return reinterpret_cast<void *>(intptr_t(0xC0 + device)); }
 int device_of(void *context) { return int(reinterpret_cast<intptr_t>(context)) - 0xC0; }
 
-#define ENTER                                  \
-  Guard guard(mutex);                          \
-  if (!initialised) return NOT_INITIALIZED;    \
+#define ENTER_LOST /* calls that a fault does not stop */ \
+  Guard guard(mutex);                                     \
+  if (!initialised) return NOT_INITIALIZED
+#define ENTER \
+  ENTER_LOST; \
   if (sticky) return sticky
 #define ENTER_CONTEXT \
   ENTER;              \
@@ -241,7 +243,7 @@ API cuDriverGetVersion(int *version) {
 }
 
 API cuDeviceGetCount(int *count) {
-  ENTER;
+  ENTER_LOST;
   *count = int(knob("devices", 1));
   return SUCCESS;
 }
@@ -295,26 +297,27 @@ API cuDevicePrimaryCtxRetain(void **context, int device) {
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 
 API cuCtxSetCurrent(void *context) {
-  ENTER;
+  ENTER_LOST;
   if (!current.empty()) current.pop_back();
   if (context) current.push_back(device_of(context) + 1);
   return SUCCESS;
 }
 
 API cuCtxGetCurrent(void **context) {
-  ENTER;
+  ENTER_LOST;
   *context = current.empty() ? nullptr : context_of(device_now());
   return SUCCESS;
 }
 
 API cuCtxPushCurrent_v2(void *context) {
-  ENTER;
+  ENTER_LOST;
   current.push_back(device_of(context) + 1);
   return SUCCESS;
 }
 
 API cuCtxPopCurrent_v2(void **context) {
-  ENTER_CONTEXT;
+  ENTER_LOST;
+  if (device_now() < 0) return INVALID_CONTEXT;
   *context = context_of(device_now());
   current.pop_back();
   return SUCCESS;
