@@ -47,10 +47,10 @@ if not (GPU or STAND_IN):
 only_stand_in = pytest.mark.skipif(not STAND_IN, reason="not run: the stand-in driver's own")
 
 
-@pytest.fixture(params=sorted(layers()), scope="module")
+@pytest.fixture(
+    params=[os.environ["CADA_TEST_LAYER"]] if STAND_IN else sorted(layers()), scope="module"
+)
 def device(request: pytest.FixtureRequest) -> Device:
-    if STAND_IN and request.param != os.environ["CADA_TEST_LAYER"]:
-        pytest.skip("not run: one layer per process on the stand-in")
     try:
         return open_device(GPU or "cuda:0", request.param)
     except EnvironmentLacks as error:
@@ -88,7 +88,7 @@ def stand_in(device: Device) -> Iterator[StandIn]:
         pytest.skip("not run: the stand-in driver's own")
     driver = StandIn()
     yield driver
-    for knob in ("out_of_memory_at", "fault_at", "sleep_ms"):
+    for knob in ("out_of_memory", "fault_at", "sleep_ms"):
         driver.set(knob, 0)
 
 
@@ -582,14 +582,14 @@ def test_no_room_says_how_much_was_wanted_and_what_to_lower(device: Device) -> N
 
 
 @only_stand_in
-def test_no_room_for_the_third_buffer(device: Device, stand_in: StandIn) -> None:
-    stand_in.set("out_of_memory_at", 3)
+def test_a_full_device(device: Device, stand_in: StandIn) -> None:
     kept = [device.allocate(10), device.allocate(10)]
+    stand_in.set("out_of_memory", 1)
     with pytest.raises(OutOfDeviceMemory, match="10 bytes more of GPU memory"):
         device.allocate(10)
-    stand_in.set("out_of_memory_at", 1)
     with pytest.raises(OutOfDeviceMemory, match="10 bytes more of host"):
         device.pinned(10)
+    stand_in.set("out_of_memory", 0)
     kept.append(device.allocate(10))
 
 

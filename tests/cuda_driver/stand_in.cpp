@@ -348,7 +348,7 @@ static int allocate(Address *address, size_t bytes, bool pinned) {
   if (int code = unsafe_in_capture()) return code;
   if (bytes == 0) return INVALID_VALUE;
   long left = knob("memory", 1L << 30) - counters["device_bytes"];
-  if (planted("out_of_memory_at") || (!pinned && long(bytes) > left)) return OUT_OF_MEMORY;
+  if (knob("out_of_memory", 0) || (!pinned && long(bytes) > left)) return OUT_OF_MEMORY;
   void *memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
   std::memset(memory, 0xCD, bytes); /* garbage that no test expects by chance */
   *address = Address(memory);
