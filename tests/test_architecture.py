@@ -42,6 +42,7 @@ LAYERS = [
     ["policies", "statistics", "classes", "images", "durable"],
     ["image_files", "image_formats"],
     ["rejections", "scores", "stages", "progress", "commands", "schemas", "report_page"],
+    ["dlpack"],
     ["errors", "report_page.words", "bench", "bench.power"],
 ]
 
