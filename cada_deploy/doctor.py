@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cada_deploy import __version__
+from cada_deploy.device import layer_module, layers
 from cada_deploy.engines import engines, require
 from cada_deploy.errors import CadaError, EnvironmentLacks
 from cada_deploy.fused import open_kernel
@@ -36,6 +37,7 @@ def examine() -> list[Finding]:
         _fused_kernel(),
         *_packages(),
         *_engines(),
+        *_cuda_layers(),
     ]
 
 
@@ -102,6 +104,17 @@ def _other_engine(name: str) -> Finding:
         return Finding(f"engine {name}", require(name))
     except EnvironmentLacks as error:
         return Finding(f"engine {name}", "missing", False, False, str(error))
+
+
+def _cuda_layers() -> Iterator[Finding]:
+    """Each layer's own error says what to install: its package, or a driver."""
+    for name in layers():
+        what, found = f"cuda layer {name}", "missing"
+        try:
+            found = layer_module(name).version()
+            yield Finding(what, f"{found}; {layer_module(name).describe()}")
+        except EnvironmentLacks as error:
+            yield Finding(what, found, False, False, str(error))
 
 
 def _onnx_runtime() -> Finding:

@@ -119,6 +119,13 @@ def test_we_read_views_of_torch() -> None:
     assert (taken.shape, taken.strides) == ((3, 4), (6, 1))
 
 
+def test_an_offset_in_bytes_counts() -> None:
+    array = np.zeros(8, np.uint8)
+    capsule = array.__dlpack__()
+    dlpack._structure(capsule)[0].tensor.byte_offset = 3
+    assert dlpack.take(capsule).address == array.ctypes.data + 3
+
+
 def test_a_type_that_numpy_lacks() -> None:
     torch = _torch()
     with pytest.raises(UsageError, match="no NumPy counterpart; convert it"):
