@@ -7,7 +7,7 @@ It upsamples nothing and loads nothing; `training/checkpoints.py` fills it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ from cada_deploy.errors import UsageError, nearest
 DILATIONS = (6, 12, 18, 24)  # one ASPP branch each
 BLOCKS = (3, 4, 23, 3)  # ResNet-101
 HEAD_STD = 0.01  # every branch begins as N(0, 0.01)
+STYLE_BLOCKS = ("layer1", "layer2")  # the ends of the front sub-encoders E_c^1 and E_c^2
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ class DeepLab(nn.Module):
         return HEADS[self.architecture.head]
 
     @property
+    def decoder(self) -> tuple[str, ...]:
+        """The names of its parts that are no encoder: the classifiers."""
+        return tuple(self.head.classifiers)
+
+    @property
     def classes(self) -> int:
         return self.architecture.classes
 
@@ -223,6 +229,26 @@ class DeepLab(nn.Module):
         auxiliary = [n for n in self.head.classifiers if n not in self.head.main]
         extra = getattr(self, auxiliary[0])(middle) if auxiliary else None
         return Outputs(scores, extra, parts)
+
+    def with_style(
+        self, x: torch.Tensor, blocks: Sequence[str] = STYLE_BLOCKS
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The scores that forward gives, and what each of `blocks` gives after its last ReLU.
+
+        blocks: of stem, layer1, layer2, layer3, layer4; E_c^1 is the stem with layer1.
+        """
+        seen = dict(self._blocks(x))
+        unknown = [b for b in blocks if b not in seen]
+        if unknown:
+            raise UsageError(f"no block is called {unknown[0]!r}; {nearest(unknown[0], seen)}")
+        return self._sum(seen["layer4"])[0], tuple(seen[b] for b in blocks)
+
+    def _blocks(self, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        yield "stem", x
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = getattr(self, name)(x)
+            yield name, x
 
     def _sum(self, deep: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         parts = tuple(getattr(self, name)(deep) for name in self.head.main)

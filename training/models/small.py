@@ -7,8 +7,14 @@ short experiments; it is not the network of the paper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+
+from cada_deploy.errors import UsageError, nearest
+
+STYLE_BLOCKS = ("stem", "front")  # the front sub-encoders E_c^1 and E_c^2
 
 
 def _unit(
@@ -40,6 +46,7 @@ class SmallDeepLab(nn.Module):
     """(N, 3, H, W) -> logits (N, categories, ceil(H / 8), ceil(W / 8))."""
 
     stride = 8
+    decoder = ("classifier",)  # the names of its parts that are no encoder
 
     def __init__(self, categories: int = 19) -> None:
         super().__init__()
@@ -51,7 +58,25 @@ class SmallDeepLab(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.trunk(self.front(self.stem(x)))
+        return self._classified(self.trunk(self.front(self.stem(x))))
+
+    def with_style(
+        self, x: torch.Tensor, blocks: Sequence[str] = STYLE_BLOCKS
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The scores that forward gives, and what each of `blocks` gives after its last ReLU.
+
+        blocks: of stem, front, trunk.
+        """
+        stem = self.stem(x)
+        front = self.front(stem)
+        trunk = self.trunk(front)
+        seen = {"stem": stem, "front": front, "trunk": trunk}
+        unknown = [b for b in blocks if b not in seen]
+        if unknown:
+            raise UsageError(f"no block is called {unknown[0]!r}; {nearest(unknown[0], seen)}")
+        return self._classified(trunk), tuple(seen[b] for b in blocks)
+
+    def _classified(self, features: torch.Tensor) -> torch.Tensor:
         scores: torch.Tensor = self.classifier[0](features)
         for branch in self.classifier[1:]:
             scores = scores + branch(features)
