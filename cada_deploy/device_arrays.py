@@ -139,7 +139,8 @@ def _through_interface(array: Any, device: Device) -> tuple[dlpack.Taken, Event 
     dtype = np.dtype(given["typestr"])
     strides = given.get("strides")
     if strides is not None:
-        strides = tuple(step / dtype.itemsize for step in strides)
+        size = dtype.itemsize
+        strides = tuple(step / size if step % size else step // size for step in strides)
     taken = dlpack.Taken(
         int(given["data"][0] or 0), tuple(given["shape"]), strides, dtype,
         (dlpack.CUDA, device.ordinal), array,

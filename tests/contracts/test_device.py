@@ -8,6 +8,7 @@ lazy; what plants errors or counts calls runs there alone.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import os
 import subprocess
@@ -16,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cuda_driver import build
 
-from cada_deploy import cubins
+from cada_deploy import cubins, device_arrays
 from cada_deploy.device import (
     Device,
     Memory,
@@ -32,7 +34,8 @@ from cada_deploy.device import (
     layers,
     open_device,
 )
-from cada_deploy.errors import EnvironmentLacks, RunFailed
+from cada_deploy.device_arrays import DeviceArray
+from cada_deploy.errors import EnvironmentLacks, RunFailed, UsageError
 
 STAND_IN = os.environ.get("CADA_TEST_STAND_IN", "")  # "eager" or "lazy"
 GPU = os.environ.get("CADA_TEST_CUDA", "")
@@ -456,6 +459,60 @@ def test_another_thread_may_allocate_during_a_capture(device: Device) -> None:
     device.capture(stream, work).launch(stream)
     assert len(made) == 1
     assert (taken(device, memory, np.uint8, stream) == 5).all()
+
+
+# ---- arrays of others ----
+
+
+def test_an_array_of_another_stream_is_waited_for(device: Device, module: Module) -> None:
+    """Out and in again through both interfaces, each time to a stream that has to wait."""
+    n, stream = 300, device.stream()
+    a = given(device, ramp(n))
+    made = device_arrays.empty(device, (n,), np.float32)
+    ready = device.event()
+    arguments = [*(np.uint64(p) for p in (a.address, a.address, made.address)), np.int32(n)]
+    device.launch(module.function("add"), (3, 1, 1), (100, 1, 1), arguments, stream)
+    ready.record(stream)
+    lent = dataclasses.replace(made, ready=ready)
+    interface = lent.__cuda_array_interface__
+    for producer in (SimpleNamespace(__cuda_array_interface__=interface), Pack(lent)):
+        array = device_arrays.borrowed(producer, device)
+        assert array.address == made.address and array.ready is not None
+        reader = device.stream()
+        reader.wait(array.ready)
+        got = taken(device, Taken(array.address, array.nbytes), np.float32, reader)
+        assert np.array_equal(got, 2 * ramp(n))
+
+
+class Pack:
+    """A foreign producer with DLPack."""
+
+    def __init__(self, array: DeviceArray) -> None:
+        self.__dlpack__, self.__dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+
+@dataclasses.dataclass
+class Taken:
+    address: int
+    nbytes: int
+
+
+def test_an_array_of_pycuda_comes_in(device: Device) -> None:
+    gpuarray = pytest.importorskip("pycuda.gpuarray", reason="not run: needs PyCUDA itself")
+    import pycuda.driver
+
+    context = pycuda.driver.Device(device.ordinal).retain_primary_context()
+    context.push()
+    try:
+        theirs = gpuarray.GPUArray((3, 4), np.float32)
+        ours = device_arrays.borrowed(theirs, device)
+        assert (ours.address, ours.shape, ours.dtype) == (int(theirs.ptr), (3, 4), np.float32)
+        with pytest.raises(UsageError, match=r"strides of \(1, 4\) elements; expected C-cont"):
+            device_arrays.borrowed(theirs.T, device)
+        del theirs, ours
+    finally:
+        pycuda.driver.Context.pop()
+        context.detach()
 
 
 # ---- threads, lifetimes ----

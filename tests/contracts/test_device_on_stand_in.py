@@ -62,4 +62,4 @@ def keeps_the_contract(layer: str, mode: str, **more: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed, skipped = (re.search(rf"(\d+) {word}", done.stdout) for word in ("passed", "skipped"))
     assert passed and int(passed[1]) >= 45, done.stdout
-    assert skipped is None or int(skipped[1]) <= 1, done.stdout
+    assert skipped is None or int(skipped[1]) <= 2, done.stdout
