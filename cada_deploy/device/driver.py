@@ -138,7 +138,10 @@ class DriverGraph:
 
 
 class DriverDevice:
-    """The primary context is kept until the process ends: torch and ONNX Runtime share it."""
+    """The primary context is kept until the process ends: torch and ONNX Runtime share it.
+
+    Freeing device memory waits for the whole device (cuMemFree), so what is used again is kept.
+    """
 
     def __init__(self, layer: str, ordinal: int, calls: Any) -> None:
         self.layer = layer
@@ -250,7 +253,7 @@ class DriverDevice:
         return memory
 
     def pinned(self, nbytes: int) -> contract.Memory:
-        with self._room_for(nbytes, "host (page-locked)"):
+        with self._room_for(nbytes, "page-locked host", "lower --batch-size, or free host memory"):
             first = int(self.call("cuMemHostAlloc", max(nbytes, 1), _PORTABLE_AND_MAPPED))
         buffer = (ctypes.c_uint8 * max(nbytes, 1)).from_address(first)
         # The array and every view of it hold the buffer, so views may outlive the Memory.
@@ -259,13 +262,13 @@ class DriverDevice:
         return DriverMemory(address, nbytes, np.frombuffer(memoryview(buffer), np.uint8)[:nbytes])
 
     @contextmanager
-    def _room_for(self, nbytes: int, where: str) -> Iterator[None]:
+    def _room_for(self, nbytes: int, kind: str, advice: str = "") -> Iterator[None]:
         try:
             yield
         except OutOfDeviceMemory as error:
             raise OutOfDeviceMemory(
-                f"{self} has no room for {size_text(nbytes)} more of {where} memory: "
-                f"{self._lower()}"
+                f"{self} has no room for {size_text(nbytes)} more of {kind} memory: "
+                f"{advice or self._lower()}"
             ) from error
 
     def copy(self, target: int, source: int, nbytes: int, stream: contract.Stream) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from cuda_driver import build
 
+from cada_deploy import cubins
 from cada_deploy.device import layer_module, layers
 from cada_deploy.errors import EnvironmentLacks
 
@@ -36,6 +37,13 @@ def test_a_layer_keeps_the_contract(layer: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["eager", "lazy"])
 def test_the_pycuda_layer_keeps_it_on_recorded_names(mode: str) -> None:
     keeps_the_contract("pycuda", mode, PYTHONPATH=str(NAMES))
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+def test_the_contracts_kernels_compile_for_a_gpu(architecture: str) -> None:
+    pytest.importorskip("cuda.core", reason="not run: needs cuda-core for NVRTC")
+    image = cubins.compile_with_nvrtc(build.KERNELS, architecture, {})
+    assert all(name.encode() in image for name in build.NAMES)
 
 
 def keeps_the_contract(layer: str, mode: str, **more: str) -> None:
