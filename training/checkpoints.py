@@ -31,8 +31,8 @@ __all__ = [
     "AsppEvidence",
     "LoadReport",
     "Loaded",
+    "load_backbone",
     "load_checkpoint",
-    "load_init_weights",
 ]
 
 Tensors = dict[str, torch.Tensor]
@@ -41,6 +41,7 @@ Branches = Literal["auto", 2, 4]
 COUNTER = "num_batches_tracked"
 PREFIXES = ("module.", "_orig_mod.", "Scale.", "model.", "net.", "network.")
 INIT_PREFIX = "Scale."
+_HEADS = ("layer5.", "layer6.", "fc.")
 # Where projects keep the weights, best first; an average of weights (EMA) only when alone.
 _WEIGHT_KEYS = ("state_dict", "model_state", "model_state_dict", "model", "net", "network")
 _AVERAGE = ("ema", "teacher")
@@ -100,7 +101,7 @@ def load_checkpoint(
         raise ArtefactMismatch(
             f"{path} holds initial weights (every name begins with {INIT_PREFIX!r}), not a model "
             "trained for a task; expected a trained checkpoint. Use it to start a training "
-            "(load_init_weights), or state what it is with --arch"
+            "(load_backbone), or state what it is with --arch"
         )
     architecture = families.detect(_shapes(found.tensors), path, arch)
     if classes is not None and architecture.classes != classes:
@@ -123,37 +124,48 @@ def load_checkpoint(
     return Loaded(model, architecture, family, report, decision, contents.sha256)
 
 
-def load_init_weights(model: DeepLab, path: Path | str) -> LoadReport:
-    """Copies a file's trunk into `model` and leaves its head as it is: how trainings begin.
+def load_backbone(path: Path | str, network: nn.Module) -> LoadReport:
+    """Copies a file's trunk into `network` and leaves its head as it is: how trainings begin.
 
     Takes the `Scale.` files of these projects, torchvision's ResNet-101, and any checkpoint of a
-    DeepLabV2. Every tensor of the trunk must be there. Raises as load_checkpoint does.
+    DeepLabV2. Every tensor of the trunk must be there, or nothing is copied. Raises as
+    load_checkpoint does, and UsageError for a network that has no such trunk.
     """
     path = Path(path)
+    if not isinstance(network, DeepLab):
+        raise UsageError(
+            f"{type(network).__name__} has no trunk of ResNet-101 for {path}; expected a DeepLabV2 "
+            "network. The small network begins from random weights: leave the weights away"
+        )
     contents = checkpoint_reader.read(path)
     found = _state_dict(contents.tree, path)
     shapes = _shapes(found.tensors)
     families.refuse_strangers(shapes, path)
-    notes = list(found.notes)
-    if "fc.weight" in shapes:
-        notes.append(
-            "torchvision's layout: its ResNet-101 was trained with the stride on the 3x3 "
-            "convolution and on RGB / 255 with ImageNet's statistics; here the stride is on the "
-            "1x1 and the preset decides the input, so the first steps adapt to both"
-        )
-    heads = ("layer5.", "layer6.", "fc.")
-    dropped = [n for n in found.tensors if n.startswith(heads)]
-    if dropped:
-        notes.append(f"the head was dropped: {len(dropped)} tensors of {_roots(dropped)}")
-    trunk = {n: t for n, t in found.tensors.items() if not n.startswith(heads)}
-    wanted = {n: t for n, t in model.state_dict().items() if not n.startswith(heads)}
-    kept = replace(found, tensors=trunk, notes=tuple(notes))
+    trunk = {n: t for n, t in found.tensors.items() if not n.startswith(_HEADS)}
+    wanted = {n: t for n, t in network.state_dict().items() if not n.startswith(_HEADS)}
+    notes = (*found.notes, *_backbone_notes(found.tensors, contents.sha256))
+    kept = replace(found, tensors=trunk, notes=notes)
     report = _matched(kept, _shapes(wanted), contents.layout, allow_partial=False)
     _refuse_incomplete(report, path, "the trunk of DeepLabV2-ResNet101")
     with torch.no_grad():
         for name, tensor in _usable(trunk, report.matched, path).items():
             wanted[name].copy_(tensor)
     return report
+
+
+def _backbone_notes(tensors: Tensors, sha256: str) -> Iterator[str]:
+    if "fc.weight" in tensors:
+        yield (
+            "torchvision's layout: its ResNet-101 was trained with the stride on the 3x3 "
+            "convolution and on RGB / 255 with ImageNet's statistics; here the stride is on the "
+            "1x1 and the preset decides the input. Feed it as imagenet-rgb, and let batch norm "
+            "use batch statistics (train), so that the first steps adapt to the stride"
+        )
+    dropped = [n for n in tensors if n.startswith(_HEADS)]
+    if dropped:
+        yield f"the head was dropped: {len(dropped)} tensors of {_roots(dropped)}"
+    # The authors of AdaptSegNet call theirs ImageNet and COCO, the paper says ImageNet.
+    yield f"SHA-256 {sha256}; no file says whether it has seen ImageNet alone or COCO too"
 
 
 def _roots(names: list[str]) -> str:

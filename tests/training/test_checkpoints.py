@@ -23,8 +23,8 @@ from cada_deploy.training.aspp_evidence import (  # noqa: E402
 )
 from cada_deploy.training.checkpoints import (  # noqa: E402
     Loaded,
+    load_backbone,
     load_checkpoint,
-    load_init_weights,
 )
 from cada_deploy.training.models.deeplab import DeepLab, DeepLabV2  # noqa: E402
 from cada_deploy.training.models.small import SmallDeepLab  # noqa: E402
@@ -237,7 +237,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(
     ):
         load_checkpoint(tmp_path / "m.pth")
     with pytest.raises(ArtefactMismatch):
-        load_init_weights(DeepLab.__new__(DeepLab), tmp_path / "m.pth")
+        load_backbone(tmp_path / "m.pth", DeepLab.__new__(DeepLab))
     assert not canary.exists()
     if write is _pickled and not beside_weights:  # the canary sings when the file is believed
         pickle.loads((tmp_path / "m.pth").read_bytes())
@@ -513,43 +513,6 @@ def test_a_discriminator_is_explained(names: list[str], tmp_path: Path) -> None:
         tensors[f"{name}.bias"] = torch.zeros(outputs)
     with pytest.raises(ArtefactMismatch, match=r"discriminator.*give the file beside it"):
         load_checkpoint(_saved(tensors, tmp_path / "GTA5_100000_D.pth"))
-
-
-# --- initial weights -----------------------------------------------------------------------------
-
-
-def test_initial_weights_fill_the_trunk_and_leave_the_head(tmp_path: Path, single: State) -> None:
-    init = {f"Scale.{k}": v for k, v in single.items() if "num_batches" not in k}
-    init["Scale.conv1.weight"] = torch.full((64, 3, 7, 7), 0.5)
-    path = _saved(init, tmp_path / "DeepLab_resnet_pretrained_init.pth", legacy=True)
-    with pytest.raises(ArtefactMismatch, match=r"initial weights.*load_init_weights"):
-        load_checkpoint(path)
-    assert load_checkpoint(path, arch="deeplabv2-single").report.stripped == ("Scale.",)
-    model = DeepLabV2("multi").build()
-    before = model.layer6.conv2d_list[0].weight.clone()  # type: ignore[union-attr, index, operator]
-    report = load_init_weights(model, path)
-    assert report.complete and report.stripped == ("Scale.",) and report.filled == 104
-    assert len(report.matched) == 520
-    assert (model.conv1.weight == 0.5).all()
-    assert torch.equal(before, model.layer6.conv2d_list[0].weight)  # type: ignore[union-attr, index]
-    assert "the head was dropped: 8 tensors of layer5" in report.text()
-    with pytest.raises(ArtefactMismatch, match=r"(?s)the trunk .*missing: layer4\.2\.bn3\.bias"):
-        del init["Scale.layer4.2.bn3.bias"]
-        load_init_weights(model, _saved(init, path))
-
-
-def test_torchvisions_resnet_is_taken_with_a_word_about_its_stride(
-    tmp_path: Path, single: State
-) -> None:
-    trunk = {k: v for k, v in single.items() if not k.startswith("layer5")}
-    whole = trunk | {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
-    path = _saved(whole, tmp_path / "resnet101.pth")
-    with torch.device("meta"):
-        model = DeepLabV2("single").build()
-    report = load_init_weights(model.to_empty(device="cpu"), path)
-    assert "stride on the 3x3" in report.text() and "tensors of fc" in report.text()
-    with pytest.raises(ArtefactMismatch, match="without a segmentation head"):
-        load_checkpoint(path)
 
 
 # --- the 2-of-4 ASPP trap ------------------------------------------------------------------------
