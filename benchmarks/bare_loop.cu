@@ -2,7 +2,7 @@
 // interpolation, one exp_n, S0, S1 and the integer sum; per pixel one division, one ln_n, entropy.
 // No load, no store but one word a thread at the end, no branch but the loop, no label to look for
 // (a settled cell has it). What no kernel of these bits can beat on a GPU; for benchmarks only.
-#include "pixel.h"
+#include "../kernels/pixel.h" // NVRTC knows the folder of this file only
 
 constexpr int CLASSES = 19;
 

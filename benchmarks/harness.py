@@ -87,6 +87,7 @@ class Target:
     found: float
     bound: float
     at_most: bool = False
+    unit: str = "x"
 
     @property
     def met(self) -> bool:
@@ -96,7 +97,9 @@ class Target:
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
         verdict = "ok" if self.met else "BELOW TARGET"
-        return f"{self.what:<44} {self.found:8.2f}x   target {sign} {self.bound:g}x   {verdict}"
+        unit = self.unit
+        found = f"{self.found:8.2f}{unit}" if self.found == self.found else "not measured"
+        return f"{self.what:<44} {found}   target {sign} {self.bound:g}{unit}   {verdict}"
 
 
 def verdict(targets: list[Target]) -> int:
@@ -123,8 +126,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        **_checkout(),
     }
 
 
@@ -157,8 +159,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _checkout() -> dict[str, Any]:
+    """Of a copy without its history, what CADA_COMMIT says, and no word on changes."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return {"commit": os.environ.get("CADA_COMMIT", ""), "uncommitted_changes": None}
+    return {"commit": commit, "uncommitted_changes": bool(_git("status", "--porcelain"))}
+
+
 def _git(*arguments: str) -> str:
-    ran = subprocess.run(
-        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    return ran.stdout.strip()
+    try:
+        ran = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return ""
+    return ran.stdout.strip() if ran.returncode == 0 else ""

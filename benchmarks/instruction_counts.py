@@ -9,10 +9,11 @@ benchmark's scores is counted in NumPy over the same warps and rows. Then
 
     microseconds = warp instructions / (multiprocessors x 4 a clock x clock)
 
-with an H200's 132 multiprocessors at its highest clock of 1980 MHz. Every issue slot is taken for
-used: stalls, conflicts of atomics, half-filled last waves and memory (about 2 microseconds for 5
-bytes a pixel, if it did not overlap) are left out, so a measurement will lie above. The bare loop
-(bare_loop.cu) is treated in the same way. Rows say "kind": "prediction".
+with the 132 multiprocessors of an H100 SXM and of an H200, at their highest clock of 1980 MHz: the
+two differ in memory alone, which this formula does not see. Every issue slot is taken for used:
+stalls, conflicts of atomics, half-filled last waves and memory (about 2 microseconds on an H200 for
+5 bytes a pixel, if it did not overlap) are left out, so a measurement will lie above. The bare loop
+(bare_loop.cu) is treated in the same way. Rows say "kind": "prediction" and hold the formula.
 
     python benchmarks/instruction_counts.py [--record]     rows: results/fused_gpu_predictions.jsonl
 """
@@ -23,7 +24,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +33,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sass
-from cuda_sources import NotHere, cubin_of
 from harness import REPOSITORY, record
+
+from cada_deploy import cubins
+from cada_deploy.errors import EnvironmentLacks
+from cada_deploy.fused.cuda import row_groups, tap_table
+from cada_deploy.statistics import HISTOGRAM_BINS
 
 MULTIPROCESSORS, SLOTS, CLOCK_HZ = 132, 4, 1.98e9
 ARCHITECTURE = "sm_90"
+GPUS = "H100 SXM, H200"
+FORMULA = (
+    "microseconds a frame = warp instructions a frame / (multiprocessors * issue slots * clock) * "
+    "1e6; warp instructions a frame = rows * (settled or parted turn) + gives * give turn + warps "
+    "* (way to the rows + words of the block's sums / 128 threads * (zeroing + merging a word))"
+)
 CLASSES, SIZE = 19, (1024, 2048)
-WARP, BLOCK, BINS, MOST_ROWS = 32, 128, 128, 15  # as in kernels/fused_cuda.cu
+WARP, BLOCK = 32, 128  # as in kernels/fused_cuda.cu
 NOT_HERE = 3  # exit code: the environment lacks something
 
 
@@ -154,13 +165,12 @@ def happened(scores: npt.NDArray[np.float16], labels: npt.NDArray[np.uint8]) -> 
     if width % WARP:
         raise ValueError(f"{width} columns; this walk wants a multiple of {WARP}")
     lower_rows, lower_columns = (
-        np.minimum(np.arange(n) * (low - 1) // (n - 1), low - 1)
-        for n, low in zip(labels.shape, scores.shape[1:])
+        tap_table(n, low, align_corners=True)[0] for n, low in zip(labels.shape, scores.shape[1:])
     )
     settled = settled_cells(scores)[:, lower_columns]  # (h, W)
     by_warp = settled.reshape(len(settled), width // WARP, WARP).all(2)
     warps = rows = settled_rows = gives = 0
-    for start, stop in row_groups(lower_rows):
+    for start, stop in pairwise(row_groups(lower_rows).tolist()):
         across = width // WARP
         warps += across
         rows += across * (stop - start)
@@ -178,17 +188,6 @@ def settled_cells(scores: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
     below = np.logical_and.reduce([f < 0 for f in four])
     found: npt.NDArray[np.bool_] = (zero | below).all(0) & (zero.sum(0) == 1)
     return found
-
-
-def row_groups(lower_rows: npt.NDArray[np.intp]) -> list[tuple[int, int]]:
-    """Output rows between the same two low-resolution rows, at most MOST_ROWS."""
-    groups = []
-    start = 0
-    for y in range(1, len(lower_rows) + 1):
-        if y == len(lower_rows) or lower_rows[y] != lower_rows[start] or y - start == MOST_ROWS:
-            groups.append((start, y))
-            start = y
-    return groups
 
 
 def gives_of(labels: npt.NDArray[np.uint8]) -> int:
@@ -219,7 +218,7 @@ def microseconds(warp_instructions: float) -> float:
 
 def whole(code: Counted, often: Happened) -> dict[str, float]:
     """Warp instructions of one frame, by part."""
-    words = 2 * CLASSES * CLASSES + CLASSES * BINS
+    words = 2 * CLASSES * CLASSES + CLASSES * HISTOGRAM_BINS
     return {
         "rows": often.settled_rows * len(code.settled)
         + (often.rows - often.settled_rows) * len(code.parted),
@@ -241,6 +240,8 @@ def rows_of(
         "shape": f"{CLASSES}x129x257 -> {SIZE[0]}x{SIZE[1]}",
         "order": "logits",
         "architecture": ARCHITECTURE,
+        "gpus": GPUS,
+        "formula": FORMULA,
         "assumed": {"multiprocessors": MULTIPROCESSORS, "issue_slots": SLOTS, "clock_hz": CLOCK_HZ},
     }
     bare_us = microseconds(pixel_warps * max(len(bare), sass.busiest_unit_cycles(bare)))
@@ -297,9 +298,11 @@ def benchmark_frame() -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
     return encoded, labels
 
 
-def disassembled(source: Path, folder: Path) -> dict[str, sass.Function]:
+def disassembled(
+    source: Path, defines: Mapping[str, int], folder: Path
+) -> dict[str, sass.Function]:
     cubin = folder / f"{source.stem}.cubin"
-    cubin.write_bytes(cubin_of(source, ARCHITECTURE, CLASSES))
+    cubin.write_bytes(cubins.compiled(source, ARCHITECTURE, defines))
     return sass.functions(sass.disassembled(cubin))
 
 
@@ -309,10 +312,12 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as name:
-            kernels = disassembled(REPOSITORY / "kernels" / "fused_cuda.cu", Path(name))
-            bare = disassembled(REPOSITORY / "benchmarks" / "bare_loop.cu", Path(name))
+            kernels = disassembled(
+                REPOSITORY / "kernels" / "fused_cuda.cu", {"CADA_CLASSES": CLASSES}, Path(name)
+            )
+            bare = disassembled(REPOSITORY / "benchmarks" / "bare_loop.cu", {}, Path(name))
         frame = benchmark_frame()
-    except (NotHere, FileNotFoundError, ImportError) as error:
+    except (EnvironmentLacks, FileNotFoundError, ImportError) as error:
         print(f"not run: {error}")
         return NOT_HERE
     except subprocess.CalledProcessError as error:
@@ -322,7 +327,7 @@ def main() -> int:
     turn = loop.cheapest_turn(loop.busiest_loop())
     rows = rows_of(counted(kernels["cada_accumulate"]), happened(*frame), turn)
     print(
-        f"PREDICTIONS, from instruction counts; nothing ran on a GPU. {MULTIPROCESSORS} "
+        f"PREDICTIONS for {GPUS}; nothing ran on a GPU. {MULTIPROCESSORS} "
         f"multiprocessors, {SLOTS} issue slots, {CLOCK_HZ / 1e6:.0f} MHz:\n"
     )
     for row in rows:

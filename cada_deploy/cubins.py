@@ -71,7 +71,7 @@ def image_for(source: Path, architecture: str, defines: Mapping[str, int]) -> by
     cached = _cache_folder() / name
     image = _read_cached(cached)
     if image is None:
-        image = _compiled(source, architecture, defines)
+        image = compiled(source, architecture, defines)
         _write_cached(cached, image)
     return image
 
@@ -89,7 +89,9 @@ def cubin_name(source: Path, architecture: str, defines: Mapping[str, int]) -> s
 # ---- compilers ----
 
 
-def _compiled(source: Path, architecture: str, defines: Mapping[str, int]) -> bytes:
+def compiled(source: Path, architecture: str, defines: Mapping[str, int]) -> bytes:
+    """The cubin by the compiler that is there, NVRTC first; nothing is kept. Raises
+    EnvironmentLacks, RunFailed."""
     try:
         return compile_with_nvrtc(source, architecture, defines)
     except ImportError as error:

@@ -93,7 +93,7 @@ class PyTorchOnCuda(PyTorch):
         if batch.ready is not None:
             stream.wait(batch.ready)
         with cuda.stream(network), _explained(self.model, batch.shape, batch.dtype):
-            given = torch.as_tensor(batch, device=self.device)
+            given = torch.as_tensor(replace(batch, ready=None), device=self.device)  # waited for
             scores = torch.cat([self._on_gpu(given[i : i + 1]) for i in range(len(given))])
             ready = self.gpu.event()
             ready.record(stream)
