@@ -60,7 +60,8 @@ def reestimate(network: nn.Module, images: Iterable[torch.Tensor]) -> int:
     images: (N, 3, H, W) batches as the network takes them, on its device. Every pixel counts alike,
     however the images were batched; sums are float64. A norm's input has passed the earlier norms
     under its own batch's statistics, so large batches come nearest to the whole set's. The variance
-    is the unbiased one, as PyTorch's running variance is. Raises UsageError for no images,
+    is the biased one that a batch is normalised by, so that one batch re-estimated is inferred as
+    it was normalised; PyTorch's own running variance is unbiased. Raises UsageError for no images,
     RunFailed when a statistic is not finite; either way the network is as it was.
     """
     moments = {norm: _Moments() for norm in norms(network)}
@@ -79,7 +80,7 @@ def reestimate(network: nn.Module, images: Iterable[torch.Tensor]) -> int:
         )
     for norm, m in used.items():
         norm.running_mean.copy_(m.mean)  # type: ignore[union-attr]
-        norm.running_var.copy_(m.squares / max(m.count - 1, 1))  # type: ignore[union-attr]
+        norm.running_var.copy_(m.squares / m.count)  # type: ignore[union-attr]
         norm.num_batches_tracked.fill_(batches)  # type: ignore[union-attr]
     return count
 
