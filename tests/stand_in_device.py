@@ -24,6 +24,7 @@ from cada_deploy.errors import RunFailed
 Work = Callable[[], None]
 
 _one_at_a_time = threading.RLock()
+_listing = threading.Lock()  # nothing is added to _memory while it is looked through
 _handles = itertools.count(0x1000)
 _streams: weakref.WeakValueDictionary[int, LazyStream] = weakref.WeakValueDictionary()
 _memory: weakref.WeakValueDictionary[int, HostMemory] = weakref.WeakValueDictionary()
@@ -38,12 +39,15 @@ class HostMemory:
         self.address = int(self.bytes.ctypes.data)
         self.nbytes = nbytes
         self.host = self.bytes if pinned else None
-        _memory[self.address] = self
+        with _listing:
+            _memory[self.address] = self
 
 
 def memory_at(address: int, nbytes: int) -> np.ndarray:
     """The live bytes at an address. Freed or foreign memory fails the test."""
-    for memory in list(_memory.values()):
+    with _listing:
+        living = list(_memory.values())
+    for memory in living:
         if memory.address <= address and address + nbytes <= memory.address + len(memory.bytes):
             start = address - memory.address
             return memory.bytes[start : start + nbytes]

@@ -2,23 +2,30 @@
 
 Everything of the stand-in device (work is done only when somebody waits) and, on top, modules and
 launches through the executor. It makes its own modules from CUDA sources (`build_kernels`), so
-cubins and a driver are not needed.
+cubins and a driver are not needed. `kernels_device` is such a device, or the GPU that
+CADA_TEST_CUDA names (cuda:0); what needs the executor itself is marked `on_processor`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from stand_in_device import LazyStream, StandInDevice
 
+from cada_deploy.device import Device, open_device
 from cada_deploy.errors import RunFailed
 
 from . import build
+
+GPU = os.environ.get("CADA_TEST_CUDA", "")
+on_processor = pytest.mark.skipif(bool(GPU), reason="not run on a GPU: the executor's own")
 
 Triple = ctypes.c_uint * 3
 
@@ -87,3 +94,7 @@ class ProcessorDevice(StandInDevice):
                 raise RunFailed(error.decode())
 
         stream.add(work)
+
+
+def kernels_device(seed: int = 0) -> Device:
+    return open_device(GPU) if GPU else ProcessorDevice(seed=seed)

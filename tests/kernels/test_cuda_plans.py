@@ -1,7 +1,8 @@
 """Batches on a device: plans against single frames, in flight together, no waits, no allocation.
 
 The device is this processor (tests/cuda_executor); its streams do nothing until somebody waits, and
-memory that was freed too early is an error.
+memory that was freed too early is an error. With CADA_TEST_CUDA=cuda:0 the tests of results run on
+that GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from cuda_executor import build
-from cuda_executor.layer import ProcessorDevice
+from cuda_executor.layer import ProcessorDevice, kernels_device, on_processor
 
 from cada_deploy import device_arrays
+from cada_deploy.device import Device
 from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.errors import ArtefactMismatch, UsageError
 from cada_deploy.fused import cuda, native
@@ -37,7 +39,7 @@ def frames(count: int, classes: int = CLASSES) -> npt.NDArray[np.float16]:
     return native.Kernel().encode(raw, "logits")
 
 
-def on_device(device: ProcessorDevice, array: npt.NDArray[Any]) -> DeviceArray:
+def on_device(device: Device, array: npt.NDArray[Any]) -> DeviceArray:
     memory = device.pinned(array.nbytes)
     assert memory.host is not None
     memory.host[:] = array.reshape(-1).view(np.uint8)
@@ -47,7 +49,7 @@ def on_device(device: ProcessorDevice, array: npt.NDArray[Any]) -> DeviceArray:
 @pytest.mark.parametrize("upsampling", [LOGITS, PROBS], ids=str)
 @pytest.mark.parametrize("classes", [CLASSES, 70])
 def test_a_batch_is_its_frames(upsampling: Upsampling, classes: int) -> None:
-    device = ProcessorDevice()
+    device = kernels_device()
     kernel, host = cuda.Kernel(device=device), native.Kernel()
     scores = frames(3, classes)
     mask = (np.random.default_rng(0).random(SIZE) < 0.2).astype(np.uint8)
@@ -81,6 +83,7 @@ def test_a_batch_is_its_frames(upsampling: Upsampling, classes: int) -> None:
         assert selection.invalid == expected.invalid and selection.masked == expected.masked
 
 
+@on_processor
 def test_after_the_first_use_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     device = ProcessorDevice()
     kernel, stream = cuda.Kernel(device=device), device.stream()
@@ -106,6 +109,7 @@ def test_after_the_first_use_nothing_is_allocated(monkeypatch: pytest.MonkeyPatc
     stream.synchronize()
 
 
+@on_processor
 def test_nothing_is_waited_for_and_two_plans_are_in_flight_at_once() -> None:
     device = ProcessorDevice()
     kernel = cuda.Kernel(device=device)
@@ -131,7 +135,7 @@ def test_nothing_is_waited_for_and_two_plans_are_in_flight_at_once() -> None:
 
 def test_the_scores_event_is_waited_for() -> None:
     """The engine's stream fills the scores; the kernel's stream must not start before."""
-    device = ProcessorDevice()
+    device = kernels_device()
     kernel, engine, ours = cuda.Kernel(device=device), device.stream(), device.stream()
     scores = frames(1)
     source = on_device(device, scores)
@@ -149,7 +153,7 @@ def test_the_scores_event_is_waited_for() -> None:
 
 
 def test_encoding_on_the_device() -> None:
-    device = ProcessorDevice()
+    device = kernels_device()
     kernel, stream = cuda.Kernel(device=device), device.stream()
     for dtype in (np.float32, np.float16):
         raw = np.random.default_rng(1).normal(size=(2, 7, 5, 6)).astype(dtype)
@@ -162,6 +166,7 @@ def test_encoding_on_the_device() -> None:
         assert back.host.tobytes() == native.Kernel().encode(raw, "logits").tobytes()
 
 
+@on_processor
 def test_what_a_plan_refuses() -> None:
     device = ProcessorDevice()
     kernel, stream = cuda.Kernel(device=device), device.stream()

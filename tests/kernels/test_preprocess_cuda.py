@@ -1,7 +1,7 @@
 """The row that the CUDA kernel makes has the bytes of preprocess.to_batch_row: the tolerance is 0.
 
-The device is this processor (tests/cuda_executor). Nothing here has a second opinion on what is
-right: the CPU path calls OpenCV and Pillow themselves.
+The device is this processor (tests/cuda_executor), or with CADA_TEST_CUDA=cuda:0 that GPU. Nothing
+here has a second opinion on what is right: the CPU path calls OpenCV and Pillow themselves.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from cuda_executor import build
-from cuda_executor.layer import ProcessorDevice
+from cuda_executor.layer import ProcessorDevice, kernels_device, on_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from cada_deploy import cubins, preprocess_cuda
+from cada_deploy.device import Device
 from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.errors import UsageError
 from cada_deploy.model_spec import InputSpec, Size
@@ -81,7 +82,7 @@ def picture(size: Size, seed: int = 0) -> npt.NDArray[np.uint8]:
     return (pixels > 127).astype(np.uint8) * np.uint8(255) if seed % 2 else pixels
 
 
-def on_device(device: ProcessorDevice, array: npt.NDArray[Any]) -> DeviceArray:
+def on_device(device: Device, array: npt.NDArray[Any]) -> DeviceArray:
     memory = device.pinned(array.nbytes)
     assert memory.host is not None
     memory.host[:] = array.reshape(-1).view(np.uint8)
@@ -91,7 +92,7 @@ def on_device(device: ProcessorDevice, array: npt.NDArray[Any]) -> DeviceArray:
 class Batch:
     """A batch between guards, filled with what no row holds by chance."""
 
-    def __init__(self, device: ProcessorDevice, spec: InputSpec, size: Size, rows: int = 1) -> None:
+    def __init__(self, device: Device, spec: InputSpec, size: Size, rows: int = 1) -> None:
         shape = (rows, 3, *size) if spec.layout == "NCHW" else (rows, *size, 3)
         self.dtype = np.dtype(spec.dtype)
         nbytes = int(np.prod(shape)) * self.dtype.itemsize
@@ -117,7 +118,6 @@ class Batch:
 def assert_the_cpus_bytes(
     pre: DevicePreprocess, image: npt.NDArray[np.uint8], size: Size | None
 ) -> None:
-    assert isinstance(pre.device, ProcessorDevice)
     stream = pre.device.stream()
     batch = Batch(pre.device, pre.spec, size or image.shape[:2])
     given = on_device(pre.device, image)
@@ -134,7 +134,7 @@ def assert_the_cpus_bytes(
 @pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_sizes_have_the_cpus_bytes(how: str, name: str) -> None:
     before, after = AWKWARD[name]
-    pre = DevicePreprocess(ProcessorDevice(seed=len(name)), replace(PLAIN, resize=how))
+    pre = DevicePreprocess(kernels_device(seed=len(name)), replace(PLAIN, resize=how))
     for seed in range(2):
         assert_the_cpus_bytes(pre, picture(before, seed), after)
 
@@ -150,7 +150,7 @@ def _pillow_12() -> bool:
 
 @pytest.mark.parametrize("how", FILTERS)
 def test_many_sizes_have_the_cpus_bytes(how: str) -> None:
-    pre = DevicePreprocess(ProcessorDevice(), replace(PLAIN, resize=how))
+    pre = DevicePreprocess(kernels_device(), replace(PLAIN, resize=how))
     dice = np.random.default_rng(5)
     for seed in range(120):
         height, width, h, w = (int(side) for side in dice.integers(1, 90, 4))
@@ -161,7 +161,7 @@ def test_many_sizes_have_the_cpus_bytes(how: str) -> None:
 @pytest.mark.parametrize(("before", "after"), [((360, 480), (512, 1024)), ((540, 960), (270, 480)),
                                                ((512, 1024), (256, 512))])  # fmt: skip
 def test_sizes_of_the_road_have_the_cpus_bytes(how: str, before: Size, after: Size) -> None:
-    pre = DevicePreprocess(ProcessorDevice(), replace(PLAIN, resize=how))
+    pre = DevicePreprocess(kernels_device(), replace(PLAIN, resize=how))
     assert_the_cpus_bytes(pre, picture(before), after)
 
 
@@ -173,7 +173,7 @@ def test_every_preset_layout_type_and_order(
     name: str, layout: str, dtype: str, colour: str
 ) -> None:
     spec = replace(preset(name)[0], layout=layout, dtype=dtype, colour=colour)
-    pre = DevicePreprocess(ProcessorDevice(), spec)
+    pre = DevicePreprocess(kernels_device(), spec)
     for size in (None, (37, 53), (19, 64)):
         assert_the_cpus_bytes(pre, picture((37, 53)), size)
 
@@ -202,14 +202,14 @@ POSITIVE = st.floats(2.0**-10, 300, width=32)
 def test_any_image_size_and_statistics(
     spec: InputSpec, before: Size, after: Size | None, seed: int
 ) -> None:
-    pre = DevicePreprocess(ProcessorDevice(seed=seed), spec)
+    pre = DevicePreprocess(kernels_device(seed=seed), spec)
     assert_the_cpus_bytes(pre, picture(before, seed), after)
 
 
 def test_halves_round_as_numpy_does() -> None:
     """Every byte through scales from subnormal results to those near 65504."""
     image = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
-    device, dice = ProcessorDevice(), np.random.default_rng(3)
+    device, dice = kernels_device(), np.random.default_rng(3)
     for _ in range(60):
         scale, *rest = (2.0 ** dice.uniform(-24, 3.9, 7)).tolist()
         spec = replace(PLAIN, scale=scale, mean=tuple(rest[:3]), dtype="float16")
@@ -220,7 +220,7 @@ def test_halves_round_as_numpy_does() -> None:
 
 def test_older_pillows_always_begin_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess_cuda, "_pillow", lambda: 12)
-    device, (before, after) = ProcessorDevice(), AWKWARD["long windows"]
+    device, (before, after) = kernels_device(), AWKWARD["long windows"]
     pre = DevicePreprocess(device, replace(PLAIN, resize="bicubic"))
     image, stream = picture(before), device.stream()
     batch, given = Batch(device, pre.spec, after), on_device(device, image)
@@ -232,6 +232,7 @@ def test_older_pillows_always_begin_with_the_rows(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("barrier", [0, 1])
+@on_processor
 def test_a_missing_barrier_would_be_found(
     barrier: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +258,7 @@ def test_a_missing_barrier_would_be_found(
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_row_touches_no_other(how: str, layout: str, dtype: str) -> None:
     spec = replace(preset("caffe-bgr")[0], resize=how, layout=layout, dtype=dtype)
-    device, size = ProcessorDevice(), (17, 35)
+    device, size = kernels_device(), (17, 35)
     pre, stream = DevicePreprocess(device, spec), device.stream()
     batch = Batch(device, spec, size, rows=4)
     images = {2: picture((29, 31), 2), 0: picture((17, 35), 4)}
@@ -269,6 +270,7 @@ def test_a_row_touches_no_other(how: str, layout: str, dtype: str) -> None:
     assert batch.untouched_but(*images)
 
 
+@on_processor
 def test_after_the_first_use_nothing_is_allocated_or_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -293,7 +295,7 @@ def test_after_the_first_use_nothing_is_allocated_or_waited_for(
 
 
 def test_the_images_event_is_waited_for() -> None:
-    device = ProcessorDevice()
+    device = kernels_device()
     pre, copies, ours = DevicePreprocess(device, PLAIN), device.stream(), device.stream()
     image, size = picture((20, 30)), (11, 13)
     source, memory, ready = on_device(device, image), device.allocate(image.nbytes), device.event()
@@ -307,6 +309,7 @@ def test_the_images_event_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("how", FILTERS)
+@on_processor
 def test_replaced_tables_live_until_nothing_reads_them(how: str) -> None:
     device, spec = ProcessorDevice(), replace(PLAIN, resize=how)
     pre, stream = DevicePreprocess(device, spec), device.stream()
@@ -326,7 +329,7 @@ def test_replaced_tables_live_until_nothing_reads_them(how: str) -> None:
 
 
 def test_many_threads_share_one() -> None:
-    device, spec = ProcessorDevice(), replace(PLAIN, resize="bicubic")
+    device, spec = kernels_device(), replace(PLAIN, resize="bicubic")
     pre = DevicePreprocess(device, spec)
     image = picture((23, 29))
     given = on_device(device, image)
@@ -352,6 +355,7 @@ def test_many_threads_share_one() -> None:
         assert batch.row(0).tobytes() == to_batch_row(image, spec, size).tobytes()
 
 
+@on_processor
 def test_one_module_and_one_launch_an_image() -> None:
     device = ProcessorDevice()
     pre = DevicePreprocess(device, replace(PLAIN, resize="bicubic"))
@@ -364,6 +368,7 @@ def test_one_module_and_one_launch_an_image() -> None:
 # ---- refusals ----
 
 
+@on_processor
 def test_what_the_cpu_refuses_is_refused() -> None:
     device = ProcessorDevice()
     for spec in (
@@ -395,6 +400,7 @@ def test_what_the_cpu_refuses_is_refused() -> None:
     assert not stream.pending
 
 
+@on_processor
 def test_arrays_of_another_device_are_refused() -> None:
     device, other = ProcessorDevice(), ProcessorDevice(ordinal=1)
     pre, stream = DevicePreprocess(device, PLAIN), device.stream()
