@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -117,8 +117,10 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != len(inner):
             raise UsageError(f"{where} is {value!r}; expected a list of {len(inner)}")
         return tuple(_value(v, h, where) for v, h in zip(value, inner))
+    if get_origin(hint) is UnionType:  # Path | None: a table has no None
+        (hint,) = set(get_args(hint)) - {NoneType}
     if hint is Path:
-        return _path(_value(value, str, where) if not isinstance(value, Path) else value, where)
+        return value if isinstance(value, Path) else _path(_value(value, str, where), where)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -126,9 +128,9 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _path(value: str | Path, where: str) -> Path:
+def _path(value: str, where: str) -> Path:
     """With ~ and environment variables put in, so that a recipe can name $GTA5."""
     expanded = os.path.expandvars(value)
-    if "$" in os.fspath(expanded):
-        raise UsageError(f"{where} is {str(value)!r}, and that variable is not set; export it")
+    if "$" in expanded:
+        raise UsageError(f"{where} is {value!r}, and that variable is not set; export it")
     return Path(expanded).expanduser()
