@@ -1,4 +1,4 @@
-"""Images and their label maps on disk, paired by name: found, counted, checked, then read by number.
+"""Images and their label maps on disk, paired by name: found, counted, checked, read by number.
 
 What is wrong with a whole set is said when it is opened, not at step 13,000: another layout, files
 without a partner, labels of another size than their image (from the headers alone). What can only
@@ -7,6 +7,7 @@ be seen in the pixels is said with the file's name when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -32,6 +33,7 @@ from .label_ids import LabelIds
 
 LabelMap = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W)
+T = TypeVar("T")
 
 _NAMED = 5  # files that a message or a report names
 _HEADER_BYTES = 1 << 16  # holds the size of every PNG, and of a JPEG without a large thumbnail
@@ -317,7 +319,7 @@ def _complete(
     facts["first_missing"] = sorted(without)[:_NAMED]
     if len(without) > tolerance.max_missing * len(names) or len(without) == len(names):
         lines = [f"{len(absent)} {what} below {folders[what].path}, such as "
-                 f"{', '.join(_missing_file(folders[what], n) for n in absent[:_NAMED])}"
+                 f"{', '.join(n + folders[what].ending for n in absent[:_NAMED])}"
                  for what, absent in lacking.items() if absent]  # fmt: skip
         raise ArtefactMismatch(
             f"{kind}: of {len(names)} frames, {len(without)} are not complete: missing are "
@@ -325,19 +327,10 @@ def _complete(
             "it, name the frames that are there with `list`, or leave the others out with "
             f"max_missing. {tolerance.about_missing}".rstrip()
         )
-    frames = [
-        Frame(n, *(files[what].get(n) if what in files else None for what in _MAPS))  # type: ignore[arg-type]
-        for n in names
-        if n not in without
-    ]
+    images, labels, weights = (files.get(what, {}) for what in ("images", "labels", "weights"))
+    complete = [n for n in names if n not in without]
+    frames = [Frame(n, images[n], labels.get(n), weights.get(n)) for n in complete]
     return frames, facts
-
-
-_MAPS = ("images", "labels", "weights")
-
-
-def _missing_file(folder: Folder, name: str) -> str:
-    return f"{name}{folder.ending}"
 
 
 def _of_one_size(
@@ -374,13 +367,10 @@ def _sizes(frame: Frame) -> list[Size]:
 
 def _size(path: Path) -> Size:
     """(H, W) from the header."""
-    if path.is_file():  # a FIFO would keep us waiting; read_bytes below says what it is
-        with path.open("rb") as file:
-            start = file.read(_HEADER_BYTES)
-        try:
-            return peek_size(start)
-        except ImageRejected:
-            pass
+    with contextlib.suppress(OSError, ImageRejected):  # _read says what it is
+        if path.is_file():  # a FIFO would keep us waiting
+            with path.open("rb") as file:
+                return peek_size(file.read(_HEADER_BYTES))
     return _read(path, peek_size)
 
 
@@ -392,11 +382,13 @@ def _same_shape(a: Size, b: Size) -> bool:
 # --- one file ---------------------------------------------------------------------------------
 
 
-def _read(path: Path, how: Callable[[bytes], Any]) -> Any:
+def _read(path: Path, how: Callable[[bytes], T]) -> T:
     try:
         return how(read_bytes(path))
     except ImageRejected as error:
-        raise ArtefactMismatch(f"{path} cannot be read: {error}; get it again") from error
+        raise ArtefactMismatch(
+            f"{path} cannot be read: {error}; get it again, or leave it out with `list`"
+        ) from error
 
 
 def _labels(path: Path, reading: Reading, size: Size) -> LabelMap:

@@ -146,10 +146,11 @@ def dark_zurich(root: Path) -> None:
         for k in (159, 160):
             stem = f"train/{time}/GOPR0351/GOPR0351_frame_{k:06d}"
             write_image(root / f"rgb_anon/{stem}_rgb_anon.png", k)
-    stem = "val/night/GOPR0356/GOPR0356_frame_000321"
-    write_image(root / f"rgb_anon/{stem}_rgb_anon.png", 321)
-    write_grey(root / f"gt/{stem}_gt_labelTrainIds.png", label_map(TRAIN_KNOWN))
-    write_grey(root / f"gt/{stem}_gt_invGray.png", label_map((0, 255)))
+    for k in (321, 322):
+        stem = f"val/night/GOPR0356/GOPR0356_frame_{k:06d}"
+        write_image(root / f"rgb_anon/{stem}_rgb_anon.png", k)
+        write_grey(root / f"gt/{stem}_gt_labelTrainIds.png", label_map(TRAIN_KNOWN))
+        write_grey(root / f"gt/{stem}_gt_invGray.png", label_map((0, 255)))
 
 
 def bdd100k(root: Path, older: bool = False) -> None:
@@ -170,7 +171,7 @@ CAMVID_DUSK = ("0001TP_006690", "0001TP_006720", "0001TP_006750", "0001TP_006780
 
 
 def camvid(root: Path) -> None:
-    """Two domains, labels in Cityscapes train ids; every other dusk frame has development labels."""
+    """Two domains in Cityscapes train ids; every other dusk frame has development labels."""
     for k, stem in enumerate(CAMVID_DAY):
         write_image(root / f"day/images/{stem}.jpg", k)
         write_grey(root / f"day/labels/{stem}.png", label_map(TRAIN_KNOWN))

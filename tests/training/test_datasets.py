@@ -1,4 +1,4 @@
-"""Every kind of data set on a miniature copy: right ids, counted gaps, and errors that say enough."""
+"""Every kind of data set on a miniature copy: right ids, counted gaps, errors that say enough."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from cada_deploy.training.datasets import DataSet, Sample, kinds, open_dataset
 from cada_deploy.training.datasets.synthia import SYNTHIA_IDS, WITHOUT
 from cada_deploy.training.label_ids import CITYSCAPES_LABEL_IDS
+from PIL import Image
 
 from cada_deploy import scenes
 from cada_deploy.classes import CITYSCAPES_19
@@ -71,7 +72,8 @@ CASES = {
     "dark-zurich val": Case(
         miniature.dark_zurich,
         {"kind": "dark-zurich", "root": "{root}", "split": "val", "labelled": True},
-        ("GOPR0356/GOPR0356_frame_000321",), miniature.TRAIN_KNOWN),
+        ("GOPR0356/GOPR0356_frame_000321", "GOPR0356/GOPR0356_frame_000322"),
+        miniature.TRAIN_KNOWN),
     "bdd100k": Case(miniature.bdd100k, {"kind": "bdd100k", "root": "{root}", "split": "val"},
                     ("0004a4c0-d4dff0ad", "7b5d2f1e-00a1b2c3"), miniature.TRAIN_KNOWN),
     "bdd100k, older": Case(lambda root: miniature.bdd100k(root, older=True),
@@ -96,7 +98,7 @@ CASES = {
 for _classes, _ids in miniature.SYNTHIA_TRAIN.items():
     for _channels in (2, 3):
         CASES[f"{_classes}, {_channels} channels"] = Case(
-            lambda root, channels=_channels: miniature.synthia(root, channels),  # type: ignore[misc]
+            lambda root, channels=_channels: miniature.synthia(root, channels),
             {"kind": "synthia", "root": "{root}", "classes": _classes},
             ("0000000", "0000001"),
             _ids,
@@ -127,7 +129,7 @@ def _labels(sample: Sample) -> np.ndarray:
 
 
 def _label_files(data: DataSet) -> list[Path]:
-    return [f.labels.path for f in data.frames]  # type: ignore[attr-defined]
+    return [f.labels.path for f in data.frames]
 
 
 def test_every_kind_has_a_case() -> None:
@@ -159,16 +161,11 @@ def test_frames_with_the_right_train_ids(case: Case, tmp_path: Path) -> None:
 @EVERY
 def test_images_are_rgb_as_stored(case: Case, tmp_path: Path) -> None:
     data = _built(case, tmp_path)
-    path: Path = data.image_paths[0]  # type: ignore[attr-defined]
-    if path.suffix == ".png":
-        seed = {"gta5": 1, "dark-zurich": 159, "acdc": 41}.get(data.kind, 0)
-        if path.parts[-2] == "GOPR0356":
-            seed = 321
-        if "tutorial" in str(case.build):
-            seed = 1
-        assert (data[0].image == miniature.picture(seed)).all()
-    else:
-        assert abs(data[0].image.astype(int).mean() - 127) < 20
+    for k, path in enumerate(data.image_paths):
+        stored = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        # Two JPEG decoders may round differently; a channel in another place is off by up to 255.
+        tolerance = 0 if path.suffix == ".png" else 3
+        assert np.abs(data[k].image - stored).max() <= tolerance
 
 
 @EVERY
@@ -256,7 +253,7 @@ def test_translated_images_of_another_size(tmp_path: Path) -> None:
     for k in (1, 2):
         miniature.write_image(tmp_path / f"smaller/{k:05d}.png", k, (6, 10))
     table = {"kind": "gta5-translated", "root": str(tmp_path), "images": "smaller"}
-    with pytest.raises(ArtefactMismatch, match="00001: image 6x10, 12x20.*fit_labels = true"):
+    with pytest.raises(ArtefactMismatch, match=r"00001: image 6x10, 12x20.*fit_labels = true"):
         open_dataset(table)
     sample = open_dataset(table | {"fit_labels": True})[0]
     assert sample.image.shape == (6, 10, 3) and _labels(sample).shape == (6, 10)
@@ -285,9 +282,7 @@ def test_limit(kind: str, tmp_path: Path) -> None:
     case.build(tmp_path)
     few = open_dataset(_table(case, tmp_path, limit=1))
     assert few.names == tuple(case.names)[:1]
-    assert len(case.names) == 1 or (
-        few.fingerprint() != open_dataset(_table(case, tmp_path)).fingerprint()
-    )
+    assert few.fingerprint() != open_dataset(_table(case, tmp_path)).fingerprint()
     with pytest.raises(UsageError, match="limit is -1"):
         open_dataset(_table(case, tmp_path, limit=-1))
 
@@ -324,7 +319,7 @@ def test_lists_of_frames_that_are_not_there(tmp_path: Path) -> None:
     miniature.gta5(tmp_path)
     (tmp_path / "list.txt").write_text("00001.png\n24966.png\n")
     table = {"kind": "gta5", "root": str(tmp_path), "list": "list.txt"}
-    with pytest.raises(ArtefactMismatch, match="1 images below .*24966.*; 1 labels below"):
+    with pytest.raises(ArtefactMismatch, match=r"1 images below .*24966.*; 1 labels below"):
         open_dataset(table)
     assert open_dataset(table | {"max_missing": 0.5}).names == ("00001",)
 
@@ -349,10 +344,10 @@ def test_camvid_by_sequence_and_block(tmp_path: Path) -> None:
     assert open_dataset(day | {"sequences": "Seq05VD, 0016E5"}).names == miniature.CAMVID_DAY[2:]
     parts = [open_dataset(day | {"fold": f"{k}/3"}).names for k in (1, 2, 3)]
     assert sum(parts, ()) == miniature.CAMVID_DAY
-    with pytest.raises(UsageError, match="'0006RO'; known.*did you mean '0006R0'"):
+    with pytest.raises(UsageError, match=r"'0006RO'; known.*did you mean '0006R0'"):
         open_dataset(day | {"sequences": "0006RO"})
     for fold in ("0/3", "4/3", "1", "a/b"):
-        with pytest.raises(UsageError, match="expected .K/N."):
+        with pytest.raises(UsageError, match=r"expected .K/N."):
             open_dataset(day | {"fold": fold})
     with pytest.raises(UsageError, match="no frame is left"):
         open_dataset(day | {"fold": "1/9"})
@@ -418,7 +413,7 @@ def test_kept_scenes_are_read_and_not_drawn(
     table = SCENES | {"cache": str(tmp_path)}
     first = open_dataset(table)[0]
     again = open_dataset(table)
-    again._generator  # type: ignore[attr-defined]  # noqa: B018 - draws one scene, for the digest
+    again._generator  # noqa: B018 - draws one scene, for the digest
     monkeypatch.setattr(scenes, "scene", None)
     assert (again[0].image == first.image).all()
 
@@ -457,7 +452,7 @@ def test_a_fingerprint_names_the_files(kind: str, tmp_path: Path) -> None:
     same = _built(case, tmp_path / "elsewhere")
     assert one.fingerprint() == same.fingerprint()  # wherever it lies
     # A frame more: a copy of the last image and its labels under the next name.
-    last: Path = one.image_paths[-1]  # type: ignore[attr-defined]
+    last: Path = one.image_paths[-1]
     truth = _label_files(one)[-1]
     stem = one.names[-1].rpartition("/")[2]
     for path in (last, truth):
@@ -470,7 +465,7 @@ def test_a_fingerprint_names_the_files(kind: str, tmp_path: Path) -> None:
 def test_a_fingerprint_names_the_sizes(kind: str, tmp_path: Path) -> None:
     case = LABELLED[kind]
     before = _built(case, tmp_path)
-    for path in (before.image_paths[0], _label_files(before)[0]):  # type: ignore[attr-defined]
+    for path in (before.image_paths[0], _label_files(before)[0]):
         old = open_dataset(_table(case, tmp_path)).fingerprint()
         path.write_bytes(path.read_bytes() + b"trailing")
         assert open_dataset(_table(case, tmp_path)).fingerprint() != old
@@ -491,8 +486,6 @@ def test_a_missing_label(kind: str, tmp_path: Path) -> None:
     data = _built(case, tmp_path)
     gone = _label_files(data)[-1]
     gone.unlink()
-    if case.table.get("split") == "dusk-dev" or len(case.names) == 1:
-        return
     with pytest.raises(ArtefactMismatch) as caught:
         open_dataset(_table(case, tmp_path, max_missing=0.0))
     text = str(caught.value)
@@ -508,7 +501,7 @@ def test_a_missing_image(tmp_path: Path) -> None:
     miniature.gta5(tmp_path)
     (tmp_path / "images/00002.png").unlink()
     table = {"kind": "gta5", "root": str(tmp_path)}
-    with pytest.raises(ArtefactMismatch, match="1 images below .*00002.*24,941 pairs of 24,966"):
+    with pytest.raises(ArtefactMismatch, match=r"1 images below .*00002.*24,941 pairs of 24,966"):
         open_dataset(table)
     rest = open_dataset(table | {"max_missing": 0.4})
     assert rest.names == ("00001", "00003") and rest.facts()["missing_images"] == 1
@@ -528,14 +521,12 @@ def test_more_than_a_fifth_of_the_translated_images(tmp_path: Path) -> None:
 def test_labels_of_another_size(kind: str, tmp_path: Path) -> None:
     case = LABELLED[kind]
     data = _built(case, tmp_path)
-    path: Path = data.image_paths[0]  # type: ignore[attr-defined]
+    path: Path = data.image_paths[0]
     miniature.write_image(path, 5, (miniature.HEIGHT, miniature.WIDTH - 8))
     with pytest.raises(ArtefactMismatch) as caught:
         open_dataset(_table(case, tmp_path))
     text = str(caught.value)
     assert f"{case.names[0]}: image 12x12, 12x20" in text and "max_mismatched" in text
-    if len(case.names) == 1:
-        return
     rest = open_dataset(_table(case, tmp_path, max_mismatched=1))
     assert rest.names == tuple(case.names)[1:]
     assert rest.facts()["mismatched"] == 1
@@ -583,7 +574,7 @@ def test_labels_that_were_made_colours(tmp_path: Path) -> None:
 def test_damaged_files(kind: str, which: str, tmp_path: Path) -> None:
     case = LABELLED[kind]
     data = _built(case, tmp_path)
-    images: Sequence[Path] = data.image_paths  # type: ignore[attr-defined]
+    images: Sequence[Path] = data.image_paths
     path = images[0] if which == "image" else _label_files(data)[0]
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
@@ -670,7 +661,9 @@ def test_files_without_the_ending_of_the_set(tmp_path: Path) -> None:
     miniature.cityscapes(tmp_path)
     for path in (tmp_path / "leftImg8bit/train").rglob("*.png"):
         path.rename(path.with_name(path.name.replace("_leftImg8bit", "")))
-    with pytest.raises(UsageError, match="is called <frame>_leftImg8bit.png; found\n(.|\n)*aachen"):
+    with pytest.raises(
+        UsageError, match=r"is called <frame>_leftImg8bit.png; found\n(.|\n)*aachen"
+    ):
         open_dataset({"kind": "cityscapes", "root": str(tmp_path)})
 
 
@@ -688,7 +681,7 @@ def test_unknown_keys_get_the_nearest_name(kind: str) -> None:
 
 
 def test_unknown_kinds_get_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match="'gta-5'; known: acdc, .*did you mean 'gta5'"):
+    with pytest.raises(UsageError, match=r"'gta-5'; known: acdc, .*did you mean 'gta5'"):
         open_dataset({"kind": "gta-5"})
     for table in ({}, {"kind": 5}):
         with pytest.raises(UsageError, match="needs kind = NAME; known: acdc"):
