@@ -2,7 +2,7 @@
 
 A label PNG's indices are the ids; its 256-entry palette is only for looking at, and a PNG that was
 converted to RGB is refused. Frames are mostly 1914x1052 pixels, some 1914x1046. Downloads of 24,941
-pairs are known: 25 images are missing there.
+pairs are known: 25 frames are missing there.
 """
 
 from __future__ import annotations
