@@ -57,7 +57,7 @@ def latency(case: str, model: Path, device: str, quick: bool) -> dict[str, Any]:
         BenchOptions(
             ModelChoice(model, device=device),
             SIZE,
-            duration_s=1.0 if quick or not on_gpu else 5.0,
+            duration_s=1.0 if quick or not on_gpu else 3.0,
             iterations=WINDOWS if quick else 8,
             warm_up_s=0.0 if quick else 15.0,
             threads=cores(),  # on a GPU those of the kernel that cuts labels, on the CPU

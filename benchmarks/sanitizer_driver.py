@@ -86,8 +86,9 @@ def results(kernel: FusedKernel, case: Case) -> dict[str, npt.NDArray[Any]]:
 def _evidence(found: Evidence) -> dict[str, Any]:
     counted = found.statistics
     return {
-        "labels": found.labels, "entropy": found.entropy, "sums": counted.sums.astype(np.int64),
-        "histogram": counted.histogram.astype(np.int64), "left out": np.array([counted.invalid, counted.masked]),
+        "labels": found.labels, "entropy": found.entropy,
+        "sums": counted.sums.astype(np.int64), "histogram": counted.histogram.astype(np.int64),
+        "left out": np.array([counted.invalid, counted.masked]),
     }  # fmt: skip
 
 
