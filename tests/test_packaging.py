@@ -42,6 +42,7 @@ def test_wheel_holds_what_runs(wheel: zipfile.ZipFile) -> None:
         "cada_deploy/report_page/page.css",
         "cada_deploy/schemas/thresholds.schema.json",
         "cada_deploy/training/source.py",
+        "cada_deploy/training/recipe_files/scenes.toml",
     ):
         assert needed in names, f"{needed} is missing from the wheel"
     assert any(re.fullmatch(r"cada_deploy/fused/\S+\.so", n) for n in names), sorted(names)
