@@ -251,9 +251,8 @@ def main() -> int:
     if arguments.quick and arguments.record:
         parser.error("--quick figures are not recorded")
     try:
-        import torch
-
         device = open_device("cuda:0")
+        import torch
     except (CadaError, ImportError) as error:
         print(f"not measured: {error}")
         return NOT_HERE

@@ -2,9 +2,10 @@
 # The GPU suite: one call, under 9 minutes, on an offline host with an NVIDIA GPU, Python with torch
 # and cuda-core, and (for cubins ahead of time) nvcc.
 #
-#   bash benchmarks/gpu.sh            runs every stage; files go to $OUT (default benchmarks/gpu-out)
-#   bash benchmarks/gpu.sh --dry-run  prints every stage's commands and checks, without a GPU, that
-#                                     what they name exists: files, tests, options
+#   bash benchmarks/gpu.sh [STAGE...]            runs every stage, or those named; files go to $OUT
+#                                                (default benchmarks/gpu-out)
+#   bash benchmarks/gpu.sh --dry-run [STAGE...]  prints the commands and checks, without a GPU, that
+#                                                what they name exists: files, tests, options
 #
 # $CARRY (default .carry) may hold what the host lacks: *.tar.xz of packages (onnxruntime-gpu), and
 # wheels (pycuda). Each stage has a time limit and their sum is below 540 s; a failed stage hides
@@ -13,12 +14,18 @@
 # were missed, 3 without a GPU.
 set -uo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-dry=""
-case "${1:-}" in
-  "") ;;
-  --dry-run) dry=1 ;;
-  *) echo "unknown argument $1; expected --dry-run or nothing" >&2; exit 2 ;;
-esac
+# name, limit in seconds: the most telling first
+stages="describe:10 carry:20 build:60 contracts:90 fused_gpu:95 end_to_end:45 kernels:25 latency:70
+pycuda_layer:40 bench:15 memcheck:30 racecheck:30"
+dry="" asked=""
+for argument in "$@"; do
+  case " ${stages//$'\n'/ }" in
+    *" $argument:"*) asked+=" $argument " ;;
+    *) [ "$argument" = "--dry-run" ] ||
+      { echo "unknown argument $argument; expected --dry-run, or stages of" $stages >&2; exit 2; }
+      dry=1 ;;
+  esac
+done
 PYTHON="${PYTHON:-python3}"
 CARRY="${CARRY:-$root/.carry}"
 device=cuda:0
@@ -100,7 +107,7 @@ tests() { # pytest over the installed package; other versions' warnings are no e
   local parallel=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$workers")
   CADA_TEST_CUDA="$device" py -m pytest -q -c "$root/pyproject.toml" --rootdir "$root" \
-    -o pythonpath="$root/tests" -o filterwarnings=default -p no:cacheprovider \
+    -o pythonpath="$root/tests" -o filterwarnings=default -p no:cacheprovider --tb=short \
     "${parallel[@]}" "$@" || return 1 # pytest's other codes mean other things here
 }
 
@@ -175,10 +182,6 @@ watched() { # TOOL: every kernel once under compute-sanitizer
 memcheck() { watched memcheck; }
 racecheck() { watched racecheck; }
 
-# name, limit in seconds: the most telling first
-stages="describe:10 carry:20 build:60 contracts:90 fused_gpu:95 end_to_end:45 kernels:25 latency:70
-pycuda_layer:40 bench:15 memcheck:30 racecheck:30"
-
 # --- running them ---------------------------------------------------------------------------------
 
 export -f py options_exist tool lacks tests sanitizer describe carry build contracts kernels \
@@ -190,6 +193,7 @@ report=""
 for entry in $stages; do
   name="${entry%:*}" limit="${entry#*:}"
   total=$((total + limit))
+  [ -z "$asked" ] || [[ "$asked" == *" $name "* ]] || continue
   log="$work/logs/$name.log"
   if [ -n "$dry" ]; then
     echo "$name, at most $limit s:"
@@ -210,7 +214,7 @@ for entry in $stages; do
   esac
   report+="$name: $verdict ($seconds s)"$'\n'
   echo "$name: $verdict ($seconds s)"
-  [ $code -ne 0 ] && [ $code -ne 3 ] && tail -25 "$log"
+  [ $code -ne 0 ] && [ $code -ne 3 ] && tail -12 "$log"
   echo "{\"stage\": \"$name\", \"exit\": $code, \"seconds\": $seconds, \"limit\": $limit}" >>"$OUT/stages.jsonl"
 done
 if [ -n "$dry" ]; then
