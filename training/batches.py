@@ -50,7 +50,8 @@ def network_input(images: Pixels) -> torch.Tensor:
 
 
 class Crops:
-    """Crops of one data set. `number` keeps the draws of several sets of a training apart."""
+    """Crops of one data set. `number` keeps the draws of several sets of a training apart; 0 is the
+    source."""
 
     def __init__(
         self, data: DataSet, recipe: Recipe, number: int, augmentation: Augmentation | None = None
@@ -61,6 +62,8 @@ class Crops:
         self._recipe = recipe
         self._number = number
         self._augmentation = augmentation or recipe.augmentation
+        sizes = (recipe.image_size, recipe.crop) if number == 0 else recipe.target_sizes
+        self._image_size, self._crop_size = sizes
         held = _HELD_BYTES // 4 // max(1, _bytes(self._read(0)))
         self._frame: Callable[[int], Sample] = lru_cache(maxsize=max(8, held))(self._read)
 
@@ -78,7 +81,7 @@ class Crops:
 
     def _read(self, k: int) -> Sample:
         sample = self._data[k]
-        height, width = self._recipe.image_size
+        height, width = self._image_size
         if not height or sample.image.shape[:2] == (height, width):
             return sample
         size, nearest = (width, height), cv2.INTER_NEAREST
@@ -91,7 +94,7 @@ class Crops:
 
     def _crop(self, draw: np.random.Generator) -> tuple[Any, Any, Any]:
         sample = self._frame(int(draw.integers(len(self._data))))
-        rows, columns = self._recipe.crop
+        rows, columns = self._crop_size
         height, width = sample.image.shape[:2]
         scale = draw.uniform(*self._augmentation.scale)
         h, w = min(height, round(rows / scale)), min(width, round(columns / scale))

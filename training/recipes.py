@@ -144,8 +144,12 @@ class Recipe:
     seed: int = 1
     batch: int = 4
     accumulate: int = 1  # batches whose gradients are added up before a step
+    # (H, W). Images are resized to image_size first, 0 being their own; the target's are the
+    # source's where they are not given.
     crop: tuple[int, int] = (256, 256)
-    image_size: tuple[int, int] = (0, 0)  # (H, W) that images are resized to first; 0: their own
+    image_size: tuple[int, int] = (0, 0)
+    target_crop: tuple[int, int] = (0, 0)
+    target_image_size: tuple[int, int] = (0, 0)
     precision: str = "float32"
     save_every: int = 200
 
@@ -156,6 +160,13 @@ class Recipe:
                 f"batch {self.batch}, accumulate {self.accumulate}, save_every {self.save_every}, "
                 f"crop {self.crop}: expected at least 1, and crops of 16 pixels a side"
             )
+
+    @property
+    def target_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(image size, crop) of the target's images."""
+        own = self.target_image_size, self.target_crop
+        given = self.image_size, self.crop
+        return tuple(o if o[0] else g for o, g in zip(own, given))  # type: ignore[return-value]
 
     def stage(self, name: str) -> Stage:
         if name not in self.stages:

@@ -90,7 +90,7 @@ def label(
     recipe: Recipe, trained: Trained, target: DataSet, work: Workplace, chosen: SelfTraining
 ) -> PseudoLabelled:
     """Export the network and label the target with it; both are found when they are there."""
-    decides = [trained.facts["key"], target.fingerprint(), list(recipe.image_size)]
+    decides = [trained.facts["key"], target.fingerprint(), list(recipe.target_sizes[0])]
     folder = work.folder / f"labels-{key_of(decides)[:16]}"
     adaptive = dataclasses.replace(chosen, policy="category-adaptive")
     run = folder / f"run-{key_of(dataclasses.asdict(adaptive))[:8]}"
@@ -102,7 +102,7 @@ def label(
             durable.make_folder(folder)
             export_checkpoint(trained.model, model, classes=class_set(recipe))
         images = linked_images(target, folder / "images")
-        size = recipe.image_size if recipe.image_size[0] else None
+        size = recipe.target_sizes[0] if recipe.target_sizes[0][0] else None
         options = RunOptions(
             ModelChoice(model), images, run, selecting, Sizes(input=size), files=files,
             work=Work(quiet=work.quiet),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 
@@ -192,9 +193,7 @@ def evaluate(recipe: Recipe, model: Path, data: DataSet, *, quiet: bool = True) 
 
 
 def _sized(recipe: Recipe, image: Any) -> Any:
-    import cv2
-
-    height, width = recipe.image_size
+    height, width = recipe.target_sizes[0]
     if not height or image.shape[:2] == (height, width):
         return image
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -206,7 +205,8 @@ def _decides(
     """Everything that the result depends on, and nothing else: what arms share they share."""
     plain = recipes.to_json(recipe)
     used = ("network", "augmentation", "optimiser", "discriminators", "classes", "seed", "batch",
-            "accumulate", "crop", "image_size", "precision")  # fmt: skip
+            "accumulate", "crop", "image_size", "target_crop", "target_image_size",
+            "precision")  # fmt: skip
     data = {"source": domains.source.fingerprint()}
     if stage.uses_target or stage.reestimate:
         data["target"] = domains.target.fingerprint()

@@ -116,8 +116,10 @@ class Trainer:
             if batches.target is not None:
                 target = self._forward(batches.target)
                 if stage.weights.output:
-                    probabilities = [self._probabilities(s.scores, batches.source)
-                                     for s in (source, target)]  # fmt: skip
+                    probabilities = [
+                        self._probabilities(source.scores, batches.source),
+                        self._probabilities(target.scores, batches.target),
+                    ]
                     logits = self.discriminators["output"](probabilities[1])
                     terms["output"] = losses.adversarial(logits, Domain.TARGET)
                 if stage.styles:

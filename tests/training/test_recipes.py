@@ -1,17 +1,25 @@
+# ruff: noqa: E402 - torch may be missing, which is found out first
 """Recipes: read strictly, and every shipped one opens on miniature data."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch", reason="the extra `train` is not installed")
+torch = pytest.importorskip("torch", reason="the extra `train` is not installed")
 
-from cada_deploy.training import recipes
+from cada_deploy.training import ablation, recipes
+from cada_deploy.training.losses import Weights
 from cada_deploy.training.recipes import Recipe, read_recipe, recipe_from, to_json
+from cada_deploy.training.schedules import PAPER, POLY_STEPS, DiscriminatorPlan
+from cada_deploy.training.stages import Data, Workplace, evaluate
 
 from cada_deploy.errors import UsageError
+
+from . import miniature
 
 LEAST = {
     "name": "least", "source": {"kind": "scenes"}, "target": {"kind": "scenes"},
@@ -80,3 +88,31 @@ def test_shipped_recipes_are_whole(path: Path) -> None:
     assert {"source", "adapt", "self-train"} <= set(recipe.stages)
     assert recipe.stage("self-train").weights.self_supervised > 0
     assert "{data}" not in str(to_json(recipe))
+
+
+def test_the_papers_recipe_runs_on_miniature_data(tmp_path: Path) -> None:
+    """GTA5 to Cityscapes with every number of the paper but sizes, steps and initial weights."""
+    miniature.gta5(tmp_path / "gta5", 4)
+    miniature.cityscapes(tmp_path / "cityscapes")
+    shutil.copytree(tmp_path / "gta5" / "images", tmp_path / "gta5_translated")
+    paper = read_recipe("gta5-to-cityscapes", tmp_path)
+    assert paper.optimiser == replace(PAPER, poly_steps=paper.optimiser.poly_steps)
+    assert paper.stage("adapt").weights == Weights(1.0, 1e-3, 1e-3, 0.0)
+    assert {s.poly_steps for s in paper.stages.values()} == {POLY_STEPS}
+    assert paper.discriminators == DiscriminatorPlan()
+    assert (paper.network.output_stride, paper.network.output_shrink) == (16, 1)
+    assert (paper.self_training.rounds, paper.self_training.start) == (2, "initial")
+    small = replace(
+        paper,
+        network=replace(paper.network, weights=""),
+        stages={name: replace(stage, steps=1) for name, stage in paper.stages.items()},
+        crop=(48, 64), image_size=(48, 64), target_crop=(48, 64), target_image_size=(48, 64),
+    )  # fmt: skip
+    torch.set_num_threads(2)
+    data = Data.of(small)
+    assert len(data.target) and not data.target.labelled
+    place = Workplace(tmp_path / "out", "cpu", True, print)
+    adapted = ablation.Arms(small, data, place).adapted()
+    assert adapted.model.stat().st_size > 100e6
+    matrix = evaluate(small, adapted.model, data.evaluation)
+    assert matrix.counts.sum() > 0
