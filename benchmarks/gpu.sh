@@ -2,16 +2,17 @@
 # The GPU suite: one call, under 9 minutes, on an offline host with an NVIDIA GPU, Python with torch
 # and cuda-core, and (for cubins ahead of time) nvcc.
 #
-#   bash benchmarks/gpu.sh [STAGE...]            runs every stage, or those named; files go to $OUT
-#                                                (default benchmarks/gpu-out)
+#   bash benchmarks/gpu.sh [STAGE...]            runs every stage, or those named after describe,
+#                                                carry and build; files go to $OUT (default
+#                                                benchmarks/gpu-out)
 #   bash benchmarks/gpu.sh --dry-run [STAGE...]  prints the commands and checks, without a GPU, that
 #                                                what they name exists: files, tests, options
 #
 # $CARRY (default .carry) may hold what the host lacks: *.tar.xz of packages (onnxruntime-gpu), and
-# wheels (pycuda). Each stage has a time limit and their sum is below 540 s; a failed stage hides
-# none of the others. The summary says what ran, what did not and why. In $OUT: summary.txt,
-# stages.jsonl, logs.txt, and the benchmarks' rows. Exits 1 when a stage failed, 5 when only targets
-# were missed, 3 without a GPU.
+# wheels (pycuda). $CADA_COMMIT names the commit in the rows where a copy has no history. Each stage
+# has a time limit and their sum is below 540 s; a failed stage hides none of the others. The
+# summary says what ran, what did not and why. In $OUT: summary.txt, stages.jsonl, logs.txt, and the
+# benchmarks' rows. Exits 1 when a stage failed, 5 when only targets were missed, 3 without a GPU.
 set -uo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 # name, limit in seconds: the most telling first
@@ -46,6 +47,7 @@ fi
 # The package that is tested is the one that `build` installs, never the checkout beside it: so no
 # command runs in the checkout, where Python would find that first.
 cd "$work/cwd" || exit 1
+[ -n "$asked" ] && [ -z "$dry" ] && asked=" describe  carry  build $asked"
 if [ -z "$dry" ]; then
   export PYTHONPATH="$site:$carried"
   # The CUDA libraries that came with torch's wheels, for ONNX Runtime and NVRTC.
@@ -158,8 +160,8 @@ kernels() {
 
 pycuda_layer() { # the kernels through the other layer
   lacks "no PyCUDA; put its wheel into $CARRY" -- "$PYTHON" -c 'import pycuda.driver' && return 3
-  CADA_CUDA_LAYER=pycuda tests "$root/tests/contracts/test_fused.py" -k "cuda-gpu" || return
-  CADA_CUDA_LAYER=pycuda tests "$root/tests/kernels/test_cuda_plans.py"
+  CADA_CUDA_LAYER=pycuda tests "$root/tests/contracts/test_fused.py" \
+    "$root/tests/kernels/test_cuda_plans.py" -k cuda
 }
 
 fused_gpu() { py "$root/benchmarks/fused_gpu.py" --record; }

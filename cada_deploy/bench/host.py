@@ -49,11 +49,13 @@ class Host:
 
     @property
     def frame_boundary(self) -> str:
+        assert self.pipeline.engine is not None
+        where = "" if self.pipeline.engine.device == "cpu" else " on the CPU"
         last = "encode the label PNG (in memory)" if self.png else "labels (H, W) in host memory"
         return (
             "from the bytes of an image file in host memory: decode, preprocess, network, encode "
-            f"scores, select every valid pixel's label; to {last}. One run is one batch, nothing "
-            "overlaps, no file is read or written"
+            f"scores, select every valid pixel's label{where}; to {last}. One run is one batch, "
+            "nothing overlaps, no file is read or written"
         )
 
     def engine_run(self, k: int, since: float) -> RunTimes:
