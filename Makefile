@@ -8,10 +8,13 @@ DEVELOPMENT := $(VENV)/.development-installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format soak bench clean
+.PHONY: demo demo-train test check format soak bench clean
 
 demo: $(RUNTIME)  ## label 48 target scenes, evaluate, draw the report; no torch
 	$(BIN)/cada-deploy demo --out demo-out
+
+demo-train: $(DEVELOPMENT)  ## train, export, label, self-train and evaluate on scenes, in minutes
+	$(BIN)/cada-train ablation --recipe scenes-demo --seeds 1 --tables 2 --out demo-train-out
 
 test: check  ## set-up and every test
 
