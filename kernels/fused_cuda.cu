@@ -54,6 +54,14 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
+__device__ __forceinline__ float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 __device__ __forceinline__ bool finite(float x) {
   return (bits_of(x) & 0x7F800000u) != 0x7F800000u;
 }
@@ -137,28 +145,27 @@ template <class Value, int C> struct Cell {
   int winner;
 
   __device__ __forceinline__ Cell(const Taps<Value> &taps, int) {
-    valid = true;
-    bool others_below = true;
-    int zeros = 0;
+    float spoilt = 0.0f; /* 0 times what is not finite is NaN, and stays it */
+    int not_below = 0;
     winner = 0;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       float four[4];
       taps.read(c, four);
-      bool below = true, zero = true;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        valid &= finite(four[k]);
-        below &= four[k] < 0.0f;
-        zero &= four[k] == 0.0f;
-      }
-      others_below &= below || zero;
-      zeros += zero;
-      if (zero) winner = c;
+      for (int k = 0; k < 4; ++k) spoilt = fused(four[k], 0.0f, spoilt);
+      const bool below =
+          larger(larger(four[0], four[1]), larger(four[2], four[3])) < 0.0f;
+      not_below += !below;
+      winner = below ? winner : c;
       upper[c] = between(four[0], four[1], taps.weight);
       rise[c] = between(four[2], four[3], taps.weight) - upper[c];
     }
-    settled = others_below && zeros == 1;
+    float four[4]; /* the winner's again: cheaper than to look for zeros at every class */
+    taps.read(winner, four);
+    valid = spoilt == 0.0f;
+    settled = not_below == 1 && four[0] == 0.0f && four[1] == 0.0f && four[2] == 0.0f &&
+              four[3] == 0.0f;
   }
   __device__ __forceinline__ float at(int c, float fy) const {
     return fused(fy, rise[c], upper[c]);
