@@ -24,7 +24,7 @@ from cada_deploy.metrics import ConfusionMatrix
 
 from . import self_training
 from .export import export_checkpoint
-from .recipes import Recipe
+from .recipes import Recipe, Stage
 from .stages import Data, Trained, Workplace, class_set, evaluate, reestimated, run_stage
 from .trainer import Domains
 
@@ -124,12 +124,21 @@ class Arms:
         name: str,
         start: Trained | None,
         *,
-        stage: Any = None,
+        stage: Stage | None = None,
         domains: Domains | None = None,
     ) -> Trained:
-        return run_stage(
-            self._recipe, name, domains or self._domains, self._work, start=start, stage=stage
-        )
+        chosen: Stage = stage or self._recipe.stage(name)
+        judge = None
+        if chosen.snapshot == "best-source":
+            judge = self._data.validation
+        elif chosen.snapshot == "best-target":
+            judge = self._data.evaluation
+            self._work.say(
+                f"WARNING: stage {name} chooses its checkpoint by labels of the target. Its "
+                "figure is no result of unsupervised adaptation; report it as what it is"
+            )
+        learnt = replace(domains or self._domains, judge=judge)
+        return run_stage(self._recipe, name, learnt, self._work, start=start, stage=chosen)
 
 
 # The last network, what else is worth telling, and its confusion matrix where that is not the one

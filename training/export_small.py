@@ -28,7 +28,8 @@ from cada_deploy.classes import CITYSCAPES_19
 from cada_deploy.errors import CadaError, CheckFailed
 from cada_deploy.model_spec import METADATA_KEY, InputSpec, ModelSpec, OutputSpec
 
-from .source import MEAN, STD, Training, iou_per_class, mean_iou
+from .batches import MEAN, STD
+from .source import Training, iou_per_class, mean_iou
 
 OPSET = 18
 TRACED = (256, 512)

@@ -30,6 +30,7 @@ else:
 STYLES = ("none", "adversarial", "gram", "mean-std")
 NETWORKS = ("small", "deeplabv2-resnet101")
 UPSAMPLING = ("half-pixel", "align-corners")
+SNAPSHOTS = ("last", "best-source", "best-target")
 PRECISIONS = ("float32", "bfloat16", "float16")
 Table = Mapping[str, Any]
 
@@ -92,10 +93,13 @@ class Stage:
     learning_rate_factor: float = 1.0
     reestimate: bool = False  # batch norm statistics on the target at the end
     strong_target: bool = True  # pseudo-labelled crops are relit as the source's are
+    snapshot: str = "last"  # or `best-source`: the checkpoint with the best mIoU on `validation`;
+    # `best-target` looks at target labels, which an adaptation must not, and is said aloud
 
     def __post_init__(self) -> None:
         _one_of("style_kind", self.style_kind, STYLES)
         _one_of("style_direction", self.style_direction, DIRECTIONS)
+        _one_of("snapshot", self.snapshot, SNAPSHOTS)
         if self.steps < 1:
             raise UsageError(f"a stage of {self.steps} steps; expected at least 1")
 

@@ -60,7 +60,7 @@ class StageFolder:
     def save_state(self, tensors: Tensors, step: int, facts: Facts) -> None:
         """The previous checkpoint survives whatever goes wrong."""
         told = {**facts, "schema": SCHEMA, "key": self.key, "step": step}
-        _write(self.root / STATE, tensors, told)
+        write(self.root / STATE, tensors, told)
         durable.write_json(self.root / FACTS, told)
 
     def state(self) -> tuple[Tensors, int] | None:
@@ -76,7 +76,7 @@ class StageFolder:
     def finish(self, model: Tensors, facts: Facts) -> None:
         """The network alone; the state, which is three times as large, goes."""
         told = {**facts, "schema": SCHEMA, "key": self.key, "done": True}
-        _write(self.model, model, told)
+        write(self.model, model, told)
         durable.write_json(self.root / FACTS, told)
         durable.remove(self.root / STATE)
 
@@ -98,8 +98,9 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, tensors: Tensors, facts: Facts) -> None:
+def write(path: Path, tensors: Tensors, facts: Facts) -> None:
     durable.make_folder(path.parent)
-    data = save(tensors, {_METADATA: json.dumps(facts, sort_keys=True)})
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    data = save(whole, {_METADATA: json.dumps(facts, sort_keys=True)})
     durable.write_file(path, data)
     durable.sync_folder(path.parent)

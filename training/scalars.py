@@ -1,4 +1,4 @@
-"""Loss curves: one line of JSON a point, and TensorBoard's own files where it is installed."""
+"""Loss curves and previews: JSON lines and PNG, and TensorBoard's files where it is installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from cada_deploy import durable
+from cada_deploy.labels import encode_rgb_png
 
 FILE = "losses.jsonl"
 
@@ -39,6 +40,16 @@ class Scalars:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"loss/{name}", value, step)
+
+    def picture(self, step: int, picture: Any) -> None:
+        """(H, W, 3) uint8 RGB, as previews/<step>.png, and in TensorBoard where that is."""
+        if self._folder is None:
+            return
+        folder = self._folder / "previews"
+        folder.mkdir(parents=True, exist_ok=True)
+        durable.write_file(folder / f"{step:06d}.png", encode_rgb_png(picture))
+        if self._writer is not None:
+            self._writer.add_image("target", picture, step, dataformats="HWC")
 
 
 def _tensorboard(folder: Path | None) -> Any:

@@ -32,10 +32,9 @@ from cada_deploy import scenes
 from cada_deploy.classes import CITYSCAPES_19, IGNORE_ID
 from cada_deploy.errors import ArtefactMismatch, CadaError, RunFailed, UsageError
 
+from .batches import network_input
 from .models.small import SmallDeepLab
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as the preset `imagenet-rgb` has them
-STD = (0.229, 0.224, 0.225)
 CHECKPOINT = "checkpoint.safetensors"
 
 Bytes = npt.NDArray[np.uint8]
@@ -73,12 +72,6 @@ class Frames:
     def of(cls, source: Iterable[scenes.Scene]) -> Frames:
         images, labels = zip(*source)
         return cls(np.stack(images), np.stack(labels))
-
-
-def network_input(images: Bytes) -> torch.Tensor:
-    """(N, H, W, 3) RGB bytes -> (N, 3, H, W) as the model's spec asks for it."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
 
 
 def batch_at(step: int, frames: Frames, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:

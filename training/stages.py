@@ -123,7 +123,9 @@ def run_stage(
         trainer.restore(*saved)
         work.say(f"{name}: resuming at step {trainer.step} of {stage.steps}")
     facts = {"stage": name, "decides": decides, "torch": torch.__version__}
-    seconds = _train(trainer, name, folder, facts, work)
+    snapshots = Snapshots(folder.root, recipe, network, domains)
+    seconds = _train(trainer, name, folder, facts, work, snapshots)
+    facts |= snapshots.restore_best()
     if stage.reestimate:
         batch_norm.reestimate(trainer.model, input_batches(recipe, domains.target))
     model = {f"model.{k}": v.detach().cpu().contiguous()
@@ -177,19 +179,66 @@ def evaluate(recipe: Recipe, model: Path, data: DataSet, *, quiet: bool = True) 
     """The network's labels at the truth's size against the truth."""
     classes = class_set(recipe)
     network = load_model(segmentation_network(recipe.network, classes, recipe.seed), model)
+    return judged(recipe, network, data, quiet=quiet)
+
+
+def judged(
+    recipe: Recipe, network: Network, data: DataSet, *, quiet: bool = True
+) -> ConfusionMatrix:
+    """As evaluate, of a network in memory; leaves it in inference mode."""
+    classes = class_set(recipe)
+    device = next(network.module.parameters()).device
     network.module.eval()
     matrix = empty_matrix(classes)
     with torch.inference_mode(), progress("evaluating", len(data), quiet=quiet) as bar:
         for k in range(len(data)):
             sample = data[k]
             assert sample.labels is not None
-            scores = network.module(network_input(_sized(recipe, sample.image)[None]))
+            given = network_input(_sized(recipe, sample.image)[None]).to(device)
+            scores = network.module(given)
             size = (sample.labels.shape[0], sample.labels.shape[1])
             labels = network.upsampling.probabilities(scores, size)[0].argmax(0)
-            found = labels.numpy().astype(np.uint8)
+            found = labels.cpu().numpy().astype(np.uint8)
             matrix = matrix + confusion_matrix(found, sample.labels, classes)
             bar.advance(1)
     return matrix
+
+
+class Snapshots:
+    """Keeps the checkpoint that the judge likes best; without a judge the last one stands."""
+
+    def __init__(self, folder: Path, recipe: Recipe, network: Network, domains: Domains) -> None:
+        self._path = folder / "best.safetensors"
+        self._recipe, self._network, self._judge = recipe, network, domains.judge
+        self._best = run_files.read(self._path)[1] if self._path.exists() else None
+
+    def look(self, step: int) -> None:
+        if self._judge is None:
+            return
+        found = judged(self._recipe, self._network, self._judge).mean_iou
+        if self._best is None or found > self._best["mean_iou"]:
+            self._best = {"step": step, "mean_iou": found}
+            run_files.write(self._path, dict(self._network.module.state_dict()), self._best)
+
+    def restore_best(self) -> dict[str, Any]:
+        """Put the best one into the network; what is worth telling of it."""
+        if self._best is None:
+            return {}
+        self._network.module.load_state_dict(run_files.read(self._path)[0])
+        self._path.unlink()
+        return {"snapshot": self._best}
+
+
+def preview(recipe: Recipe, network: Network, target: DataSet) -> Any:
+    """(H, 2 W, 3) uint8: a frame of the target, and what the network says of it now."""
+    image = target[0].image
+    network.module.eval()
+    with torch.inference_mode():
+        given = network_input(_sized(recipe, image)[None])
+        scores = network.module(given.to(next(network.module.parameters()).device))
+        labels = network.upsampling.probabilities(scores, image.shape[:2])[0].argmax(0)
+    palette = np.array(class_set(recipe).palette, np.uint8)
+    return np.concatenate([image, palette[labels.cpu().numpy()]], 1)
 
 
 def _sized(recipe: Recipe, image: Any) -> Any:
@@ -212,6 +261,8 @@ def _decides(
         data["target"] = domains.target.fingerprint()
     if domains.pseudo is not None:
         data["pseudo"] = domains.pseudo.fingerprint()
+    if domains.judge is not None:
+        data["judge"] = domains.judge.fingerprint()
     return {
         **{name: plain[name] for name in used},
         "stage": dataclasses.asdict(stage),
@@ -222,9 +273,14 @@ def _decides(
 
 
 def _train(
-    trainer: Trainer, name: str, folder: StageFolder, facts: dict[str, Any], work: Workplace
+    trainer: Trainer,
+    name: str,
+    folder: StageFolder,
+    facts: dict[str, Any],
+    work: Workplace,
+    snapshots: Snapshots,
 ) -> float:
-    recipe, stage = trainer.recipe, trainer.stage
+    recipe, stage, domains = trainer.recipe, trainer.stage, trainer.domains
     began, first = time.monotonic(), trainer.step
     batches = trainer.batches()
     scalars = Scalars(folder.root if processes.is_first() else None)
@@ -234,8 +290,12 @@ def _train(
             seen = trainer.take_step(batches)
             if trainer.step % _LOSS_EVERY == 0:
                 scalars.add(trainer.step, seen)
-            due = trainer.step % recipe.save_every == 0 and trainer.step < stage.steps
-            if due and processes.is_first():
-                folder.save_state(trainer.tensors(), trainer.step, facts)
+            last = trainer.step == stage.steps
+            if (trainer.step % recipe.save_every == 0 or last) and processes.is_first():
+                snapshots.look(trainer.step)
+                scalars.picture(trainer.step, preview(recipe, trainer.network, domains.target))
+                if not last:
+                    folder.save_state(trainer.tensors(), trainer.step, facts)
+            processes.wait()
             bar.advance(1)
     return time.monotonic() - began

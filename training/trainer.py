@@ -34,11 +34,13 @@ Losses = dict[str, float]
 
 @dataclass(frozen=True)
 class Domains:
-    """What a stage learns from. pseudo: the target's images with pseudo labels."""
+    """What a stage learns from. pseudo: the target's images with pseudo labels; judge: what chooses
+    among its checkpoints."""
 
     source: DataSet
     target: DataSet
     pseudo: DataSet | None = None
+    judge: DataSet | None = None
 
 
 class _Batches(NamedTuple):
@@ -56,6 +58,7 @@ class Trainer:
     ) -> None:
         self.recipe = recipe
         self.stage = stage
+        self.domains = domains
         self.step = 0
         self.device = torch.device(device)
         self.network = network

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the extra `train` is not installed")
 
-from cada_deploy.training import batches, run_files
+from cada_deploy.training import batches, run_files, stages
+from cada_deploy.training.ablation import Arms
 from cada_deploy.training.datasets import Sample, open_dataset
 from cada_deploy.training.losses import Weights
 from cada_deploy.training.networks import segmentation_network
 from cada_deploy.training.recipes import Augmentation, NetworkChoice, Recipe, Stage
-from cada_deploy.training.stages import Trained, load_model, run_stage
+from cada_deploy.training.stages import Data, Trained, load_model, run_stage
 from cada_deploy.training.trainer import Domains, Trainer
 
 from cada_deploy.classes import CITYSCAPES_19
@@ -324,3 +326,35 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     alone = run_stage(recipe(), "adapt", data_of(recipe()), work(tmp_path / "alone"))
     assert isinstance(alone, Trained)
     assert not same(run_files.read(alone.model)[0], tensors), "twice the crops, another network"
+
+
+def test_the_best_snapshot_is_kept_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge likes step 2 best; so those weights are the stage's, also when it was stopped."""
+    given = replace(recipe(), stages={"source": Stage(6, snapshot="best-source")})
+    data = Data.of(given)
+    learnt = Domains(data.source, data.target, judge=data.validation)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def judged(recipe: Recipe, network: Any, judge: Any, **_: Any) -> Any:
+        assert judge is data.validation
+        seen.append({k: v.clone() for k, v in network.module.state_dict().items()})
+        return SimpleNamespace(mean_iou=[0.5, 0.2, 0.3][len(seen) - 1])
+
+    monkeypatch.setattr(stages, "judged", judged)
+    trained = run_stage(given, "source", learnt, work(tmp_path))
+    assert len(seen) == 3
+    assert trained.facts["snapshot"] == {"step": 2, "mean_iou": 0.5}
+    tensors, _ = run_files.read(trained.model)
+    assert all(torch.equal(tensors[f"model.{k}"], v) for k, v in seen[0].items())
+    assert sorted(p.name for p in (trained.model.parent / "previews").iterdir()) == [
+        "000002.png", "000004.png", "000006.png",
+    ]  # fmt: skip
+
+
+def test_choosing_by_target_labels_is_said_aloud(tmp_path: Path) -> None:
+    given = replace(recipe(), stages={"source": Stage(2, snapshot="best-target")})
+    said: list[str] = []
+    Arms(given, Data.of(given), work(tmp_path, said)).source()
+    assert any("WARNING" in text and "labels of the target" in text for text in said)
