@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"(<!-- performance -->\n).*?(<!-- /performance -->)", re.S)
+_ADAPTATION = re.compile(r"(<!-- adaptation -->\n).*?(<!-- /adaptation -->)", re.S)
 
 Row = dict[str, Any]
 
@@ -88,11 +89,32 @@ def _throughput(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def adaptation(results: Path) -> str:
+    """What training gained, recipe by recipe: means over the seeds that were run, and how many."""
+    from cada_deploy.training.ablation import Row as Arm
+    from cada_deploy.training.ablation import markdown, summary
+
+    path = results / "adaptation.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    by_recipe: dict[str, list[Arm]] = {}
+    commands: dict[str, str] = {}
+    for row in map(json.loads, lines):
+        names = ("arm", "seed", "mean_iou", "iou", "model", "more")
+        by_recipe.setdefault(row["recipe"], []).append(Arm(**{name: row[name] for name in names}))
+        commands[row["recipe"]] = row["made_by"]
+    parts = [
+        f"`{commands[recipe]}`:\n\n{markdown(summary(rows))}"
+        for recipe, rows in sorted(by_recipe.items())
+    ]
+    return "\n".join(parts)
+
+
 def main() -> int:
     readme = ROOT / "README.md"
-    text = performance(ROOT / "benchmarks" / "results")
-    old = readme.read_text(encoding="utf-8")
-    new = _MARKED.sub(lambda m: m.group(1) + text + m.group(2), old)
+    results = ROOT / "benchmarks" / "results"
+    old = new = readme.read_text(encoding="utf-8")
+    for marked, text in ((_MARKED, performance(results)), (_ADAPTATION, adaptation(results))):
+        new = marked.sub(lambda m, text=text: m.group(1) + text + m.group(2), new)
     readme.write_text(new, encoding="utf-8")
     print("README.md is up to date" if new == old else "README.md rewritten")
     return 0

@@ -102,3 +102,5 @@ def test_figures_are_the_recorded_rows() -> None:
     assert shown and shown.group(1) == readme_tables.performance(ROOT / "benchmarks" / "results"), (
         "the README's figures are not those of benchmarks/results; run benchmarks/readme_tables.py"
     )
+    shown = re.search(r"<!-- adaptation -->\n(.*?)<!-- /adaptation -->", README, re.S)
+    assert shown and shown.group(1) == readme_tables.adaptation(ROOT / "benchmarks" / "results")
