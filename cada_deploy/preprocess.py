@@ -9,6 +9,7 @@ the formula, bit for bit, in a quarter of the time.
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import metadata
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,18 @@ def input_size(spec: InputSpec, image: Size, override: Size | None = None) -> Si
             f"{override[0]}x{override[1]}; leave --size out, or export the model with that size"
         )
     return spec.size
+
+
+def pillow_orders_by_size() -> bool:
+    """Since Pillow 13 the order of its two passes follows the sizes; it decides the last bit."""
+    return int(metadata.version("pillow").partition(".")[0]) >= 13
+
+
+def resize_identity(how: str) -> str:
+    """Whose pixels a resize gives: part of the run id."""
+    if how == "bilinear":
+        return "opencv"
+    return "pillow-13" if pillow_orders_by_size() else "pillow-12"
 
 
 def to_batch_row(

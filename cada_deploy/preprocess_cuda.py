@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from importlib import metadata
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from cada_deploy.device import Device, Event, Memory, Stream
 from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.errors import UsageError
 from cada_deploy.model_spec import InputSpec, Size
-from cada_deploy.preprocess import to_batch_row
+from cada_deploy.preprocess import pillow_orders_by_size, to_batch_row
 
 # As in kernels/preprocess_cuda.cu.
 SAME, BILINEAR, HALVED, ROWS_FIRST, COLUMNS_FIRST = range(5)
@@ -43,12 +42,7 @@ def filter_of(how: str, image: Size, size: Size) -> int:
     assert how == "bicubic", how
     lost_rows, lost_columns = image[0] - size[0], image[1] - size[1]
     columns_first = lost_rows > 0 and lost_rows > 2 * lost_columns
-    return COLUMNS_FIRST if columns_first and _pillow() >= 13 else ROWS_FIRST
-
-
-def _pillow() -> int:
-    """Since version 13 the order of the passes, which decides the last bit, follows the sizes."""
-    return int(metadata.version("pillow").partition(".")[0])
+    return COLUMNS_FIRST if columns_first and pillow_orders_by_size() else ROWS_FIRST
 
 
 def bilinear_table(input_side: int, output_side: int, *, clamped: bool) -> Table:

@@ -17,12 +17,14 @@ from cada_deploy.image_files import ImageRef
 from cada_deploy.manifests import digest_of
 from cada_deploy.model_files import Model
 from cada_deploy.pipeline import Pipeline
+from cada_deploy.preprocess import resize_identity
 from cada_deploy.scores import SCORE_ENCODING
 
 _WORDS = {
     "job": "what the run is for",
     "model": "the model file",
     "spec": "the model's spec (preprocessing, classes, upsampling)",
+    "resize": "the library that resizes (Pillow 13 gives other last bits than 12)",
     "inputs": "the list of images (names and sizes)",
     "sizes": "--size, --label-size or --stats-size",
     "weighting": "--centroid",
@@ -47,6 +49,7 @@ def identity(
         "job": job,
         "model": model.sha256,
         "spec": pipeline.spec.to_json(),
+        "resize": resize_identity(pipeline.spec.input.resize),
         "inputs": {"images": len(images), "sha256": _inputs_digest(images)},
         "sizes": {
             "input": _list(sizes.input),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cada_deploy import preprocess
 from cada_deploy.classes import BUILT_IN, CITYSCAPES_19
 from cada_deploy.errors import UsageError
 from cada_deploy.model_spec import InputSpec, ModelSpec
@@ -266,3 +267,13 @@ def test_no_such_spec(tmp_path: Path) -> None:
     (tmp_path / "bin.toml").write_bytes(b"\xff\xfe\0")
     with pytest.raises(UsageError, match="is not TOML"):
         load_spec(tmp_path / "bin.toml")
+
+
+def test_the_resizing_library_is_part_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow 13 orders its passes by size, which decides the last bit: such runs do not mix."""
+    assert preprocess.resize_identity("bilinear") == "opencv"
+    found = set()
+    for version in ("12.3.0", "13.0.0", "14.1"):
+        monkeypatch.setattr(preprocess.metadata, "version", lambda _, v=version: v)
+        found.add((version, preprocess.resize_identity("bicubic")))
+    assert found == {("12.3.0", "pillow-12"), ("13.0.0", "pillow-13"), ("14.1", "pillow-13")}

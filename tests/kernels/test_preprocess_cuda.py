@@ -25,7 +25,7 @@ from cada_deploy.device import Device
 from cada_deploy.device_arrays import DeviceArray
 from cada_deploy.errors import UsageError
 from cada_deploy.model_spec import InputSpec, Size
-from cada_deploy.preprocess import to_batch_row
+from cada_deploy.preprocess import pillow_orders_by_size, to_batch_row
 from cada_deploy.preprocess_cuda import (
     BILINEAR,
     COLUMNS_FIRST,
@@ -145,7 +145,7 @@ def test_the_awkward_sizes_take_every_way_through_the_kernel() -> None:
 
 
 def _pillow_12() -> bool:
-    return preprocess_cuda._pillow() < 13
+    return not pillow_orders_by_size()
 
 
 @pytest.mark.parametrize("how", FILTERS)
@@ -219,7 +219,7 @@ def test_halves_round_as_numpy_does() -> None:
 
 
 def test_older_pillows_always_begin_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess_cuda, "_pillow", lambda: 12)
+    monkeypatch.setattr(preprocess_cuda, "pillow_orders_by_size", lambda: False)
     device, (before, after) = kernels_device(), AWKWARD["long windows"]
     pre = DevicePreprocess(device, replace(PLAIN, resize="bicubic"))
     image, stream = picture(before), device.stream()
