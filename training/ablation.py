@@ -317,7 +317,8 @@ def plot(lines: Sequence[Line]) -> str:
     height = row * len(lines) + 40
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        'font-family="sans-serif" font-size="13">'
+        'font-family="sans-serif" font-size="13">',
+        '<rect width="100%" height="100%" fill="white"/>',
     ]
     for k, line in enumerate(lines):
         parts += _bar(line, 10 + k * row, left, (width - left - 60) / 100)
