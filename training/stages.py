@@ -119,6 +119,12 @@ def run_stage(
     if start is not None:
         load_model(network, start.model)
     trainer = Trainer(recipe, stage, domains, network, work.device)
+    rows, columns = recipe.crop
+    work.say(
+        f"{name}: budget {stage.steps} steps of {recipe.batch} crops of {rows}x{columns}, "
+        f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.2f} million weights on "
+        f"{work.device}; a checkpoint every {recipe.save_every} steps in {folder.root.name}"
+    )
     if (saved := folder.state()) is not None:
         trainer.restore(*saved)
         work.say(f"{name}: resuming at step {trainer.step} of {stage.steps}")

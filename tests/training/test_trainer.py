@@ -239,7 +239,8 @@ def test_stopped_and_resumed_equals_uninterrupted(
     monkeypatch.undo()
     said: list[str] = []
     resumed = run_stage(given, "adapt", data_of(given), work(tmp_path / "stopped", said))
-    assert "resuming at step 2 of 4" in said[0]
+    assert "budget 4 steps of 2 crops of 32x64" in said[0]
+    assert "resuming at step 2 of 4" in said[1]
     assert same(run_files.read(whole.model)[0], run_files.read(resumed.model)[0])
     assert not list((tmp_path / "stopped").rglob(run_files.STATE))
 
