@@ -291,7 +291,7 @@ def _train(
     batches = trainer.batches()
     scalars = Scalars(folder.root if processes.is_first() else None)
     quiet = work.quiet or not processes.is_first()
-    with progress(name, stage.steps - first, quiet=quiet) as bar, scalars:
+    with progress(name, stage.steps - first, quiet=quiet, unit="steps") as bar, scalars:
         while trainer.step < stage.steps:
             seen = trainer.take_step(batches)
             if trainer.step % _LOSS_EVERY == 0:
