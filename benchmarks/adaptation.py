@@ -29,6 +29,7 @@ def main() -> int:
         print(f"{line.arm:<34} {line.mean:5.1f}  {line.seeds} seeds")
     known = _known(given.recipe)
     new = [row for row in rows if (row.arm, row.seed) not in known]
+    sys.argv = ["RUNS" if word == str(given.runs) else word for word in sys.argv]  # of this machine
     record(
         "adaptation",
         [
