@@ -241,6 +241,28 @@ def test_a_gpu_that_is_lost_ends_the_run_cleanly_and_it_resumes(
     assert comparable(tmp_path / "out") == comparable(tmp_path / "cpu")
 
 
+def test_where_memory_is_shared_the_image_is_not_copied(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Jetson: the GPU reads the pinned bytes themselves, and the results are the same."""
+    found = []
+    for integrated in (False, True):
+        device = ProcessorDevice(integrated=integrated)
+        with ort_cuda_here(device):
+            frames = frames_of(model, device, most=2)
+            for _ in range(3):
+                evidence(frames, 2)
+            sizes: list[int] = []
+            copy = device.copy
+            monkeypatch.setattr(
+                device, "copy", lambda t, s, n, q, c=copy, z=sizes: (z.append(n), c(t, s, n, q))[1]
+            )
+            found.append([e.statistics for _, e in evidence(frames, 2)])
+            image = SIZE[0] * SIZE[1] * 3
+            assert sizes.count(image) == (0 if integrated else 2)
+    assert found[0] == found[1]
+
+
 def test_a_lane_that_failed_is_not_used_again(model: Path, gpu: ProcessorDevice) -> None:
     frames = frames_of(model, gpu)
     evidence(frames, 1)

@@ -22,7 +22,7 @@ from cada_deploy import durable
 from cada_deploy.errors import UsageError
 from cada_deploy.metrics import ConfusionMatrix
 
-from . import self_training
+from . import processes, self_training
 from .export import export_checkpoint
 from .recipes import Recipe, Stage
 from .stages import Data, Trained, Workplace, class_set, evaluate, reestimated, run_stage
@@ -190,7 +190,8 @@ def run(recipe: Recipe, seeds: Sequence[int], tables: Sequence[str], work: Workp
             row = _row(seeded, name, trained, more, matrix)
             work.say(f"seed {seed}, {name}: {100 * row.mean_iou:.1f} mIoU")
             done[name, seed] = row
-            _append(work.folder, row)
+            if processes.is_first():
+                _append(work.folder, row)
     return [done[name, seed] for name in arms(recipe, tables) for seed in seeds]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +16,14 @@ FILE = "losses.jsonl"
 class Scalars:
     """Writes below a folder; with None nothing is written (a process that is not the first)."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, step: int = 0) -> None:
+        """step: where a training begins or goes on; points beyond it are of a run that was
+        stopped, and come again."""
         self._folder = folder
+        if folder is not None and (folder / FILE).exists():
+            lines = (folder / FILE).read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            durable.write_file(folder / FILE, b"".join(kept))
         self._writer = _tensorboard(folder)
 
     def __enter__(self) -> Scalars:

@@ -26,6 +26,7 @@ from cada_deploy.pipeline import Sizes
 from cada_deploy.policies import fixed
 from cada_deploy.selection import Selecting
 
+from . import processes
 from .datasets import DataSet, Sample
 from .export import export_checkpoint
 from .recipes import Recipe, SelfTraining
@@ -96,7 +97,7 @@ def label(
     run = folder / f"run-{key_of(dataclasses.asdict(adaptive))[:8]}"
     files = LabelFiles(confidence=chosen.soft_weights)
     selecting = Selecting(delta=chosen.delta)
-    if not _finished(run):
+    if processes.is_first() and not _finished(run):
         model = folder / "model.onnx"
         if not model.exists():
             durable.make_folder(folder)
@@ -108,6 +109,7 @@ def label(
             work=Work(quiet=work.quiet),
         )  # fmt: skip
         pseudo_label(options, work.say)
+    processes.wait()
     if chosen.policy != fixed.NAME:
         return PseudoLabelled(target, run, chosen.soft_weights)
     threshold = _same_coverage(run, folder / "fixed", files, work)
@@ -154,9 +156,10 @@ def _same_coverage(run: Path, folder: Path, files: LabelFiles, work: Workplace) 
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         name = f"{middle:.6f}"
-        if not _finished(folder / name):
+        if processes.is_first() and not _finished(folder / name):
             options = Selecting(policy=fixed.NAME, threshold=middle)
             select_again(run, folder / name, options, files, Work(quiet=True), work.say)
+        processes.wait()
         best = name
         if _selected(folder / name) > wanted:
             low = middle

@@ -147,13 +147,14 @@ def reestimated(recipe: Recipe, start: Trained, target: DataSet, work: Workplace
     decides = {"reestimate": target.fingerprint(), "start": start.facts["key"]}
     key = run_files.key_of(decides)
     folder = StageFolder(work.folder / f"statistics-{key[:16]}", key)
-    if not folder.is_done():
+    if processes.is_first() and not folder.is_done():
         network = load_model(
             segmentation_network(recipe.network, class_set(recipe), recipe.seed), start.model
         )
         batch_norm.reestimate(network.module, input_batches(recipe, target))
         model = {f"model.{k}": v.contiguous() for k, v in network.module.state_dict().items()}
         folder.finish(model, {"stage": "statistics", "decides": decides})
+    processes.wait()
     return Trained(folder.model, folder.facts())
 
 
@@ -289,7 +290,7 @@ def _train(
     recipe, stage, domains = trainer.recipe, trainer.stage, trainer.domains
     began, first = time.monotonic(), trainer.step
     batches = trainer.batches()
-    scalars = Scalars(folder.root if processes.is_first() else None)
+    scalars = Scalars(folder.root if processes.is_first() else None, first)
     quiet = work.quiet or not processes.is_first()
     with progress(name, stage.steps - first, quiet=quiet, unit="steps") as bar, scalars:
         while trainer.step < stage.steps:

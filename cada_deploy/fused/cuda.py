@@ -477,9 +477,8 @@ class Plan:
         for array in (scores, mask):
             if array is not None and array.ready is not None:
                 stream.wait(array.ready)
-        threads = 128 if self._classes <= MOST_CLASSES_OF_WIDE_BLOCKS else 64
-        if self._classes > MOST_CLASSES_FIXED:
-            threads = 128
+        narrow = MOST_CLASSES_OF_WIDE_BLOCKS < self._classes <= MOST_CLASSES_FIXED
+        threads = 64 if narrow else 128
         blocks = frames * self._taps.groups * -(-self._size[1] // threads)
         common: list[Argument] = [
             np.uint64(scores.address),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -24,6 +25,7 @@ from cada_deploy.training.datasets import Sample, open_dataset
 from cada_deploy.training.losses import Weights
 from cada_deploy.training.networks import segmentation_network
 from cada_deploy.training.recipes import Augmentation, NetworkChoice, Recipe, Stage
+from cada_deploy.training.scalars import Scalars
 from cada_deploy.training.stages import Data, Trained, load_model, run_stage
 from cada_deploy.training.trainer import Domains, Trainer
 
@@ -245,6 +247,18 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert not list((tmp_path / "stopped").rglob(run_files.STATE))
 
 
+def test_curves_of_a_stopped_run_are_not_doubled(tmp_path: Path) -> None:
+    first = Scalars(tmp_path)
+    for step in (10, 20, 30):
+        first.add(step, {"segmentation": float(step)})
+    again = Scalars(tmp_path, 20)
+    again.add(30, {"segmentation": 31.0})
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["segmentation"]) for line in lines] == [
+        (10, 10.0), (20, 20.0), (30, 31.0),
+    ]  # fmt: skip
+
+
 def test_a_stage_that_is_done_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,12 +312,13 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from cada_deploy.training import processes
+from cada_deploy.training import ablation, processes
 from cada_deploy.training.stages import run_stage
 from tiny import data_of, recipe, work
 with processes.joined("cpu"):
     given = recipe()
     trained = run_stage(given, "adapt", data_of(given), work(Path(sys.argv[1])))
+    rows = ablation.run(given, [1], ["2"], work(Path(sys.argv[1])))
     print(processes.rank(), trained.model)
 """
 
@@ -320,7 +335,9 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
                str(tmp_path / "program.py"), str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    (model,) = (tmp_path / "out").rglob(run_files.MODEL)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert len({row["arm"] for row in rows}) == len(rows) >= 7, "each row once"
+    (model,) = {Path(word) for word in done.stdout.split() if word.endswith(run_files.MODEL)}
     tensors, facts = run_files.read(model)
     assert facts["decides"]["processes"] == 2
     assert all(torch.isfinite(t.float()).all() for t in tensors.values())
